@@ -1,0 +1,1 @@
+"""One mechanism, one file: equation, reference, parallel form, state and step."""

@@ -1,0 +1,46 @@
+"""Under shard_map, with its checks on: loops are accepted and replicated inputs get summed
+gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kit
+from attention import dot_product_attention, loops
+
+
+def test_zero_is_zero_whatever_it_came_from():
+  x = jnp.full((2, 3), jnp.nan)
+  assert loops.zero((x, jnp.zeros((2,), jnp.int32))) == 0.0
+  assert loops.zero(()) == 0.0
+  kit.assert_same("together", loops.together({"a": jnp.ones(3)})["a"], jnp.ones(3))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tiled"])
+def test_gradients_of_what_devices_share(implementation):
+  """Queries and slopes are cut by head, the one key head is whole on every device."""
+  mesh = jax.make_mesh((4, 2), ("rows", "heads"))
+  q, k, v = kit.Case(B=4, T=40, S=40, K=1).inputs()
+  slopes = jnp.array([0.1, 0.2, 0.3, 0.4])
+  specs = (P("rows", None, "heads"), P("rows"), P("rows"), P("heads"))
+
+  def attend(q, k, v, slopes):
+    return dot_product_attention(
+      q, k, v, is_causal=True, alibi_slopes=slopes, implementation=implementation
+    )
+
+  sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0])
+
+  def gradients(attend, arrays):
+    loss = lambda *x: (attend(*x) ** 2).sum()
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
+
+  arrays = (q, k, v, slopes)
+  placed = [
+    jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)
+  ]
+  actual = jax.tree.map(np.asarray, gradients(sharded, placed))
+  kit.assert_trees_close(actual, gradients(attend, arrays), factor=10)

@@ -1,0 +1,147 @@
+"""What the tests share: tolerances, random inputs, comparisons that name what differs, oracles in
+float64.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Tolerance(NamedTuple):
+  """Errors relative to the size of the expected array: the worst element, and the root mean
+  square.
+  """
+
+  worst: float
+  rms: float
+
+
+# The one table of tolerances. bfloat16 has 8 bits: rounding an output once costs 2^-9 = 0.002 of
+# its own size.
+TOLERANCE: Mapping[str, Tolerance] = {
+  "float64": Tolerance(1e-12, 1e-13),
+  "float32": Tolerance(1e-5, 2e-6),
+  "bfloat16": Tolerance(2e-2, 6e-3),
+}
+
+
+def assert_close(
+  name: str, actual, expected, dtype="float32", *, factor: float = 1.0, least: float = 0.0
+) -> None:
+  """Fails with the name, the place and both values where `actual` is not `expected`.
+
+  Infinities must be equal. `factor` widens the table where a quantity is a sum of many terms that
+  cancel; `least` is the size of those terms, for where they may cancel to nothing. The caller says
+  why.
+  """
+  actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+  assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+  finite = np.isfinite(expected)
+  same = actual[~finite] == expected[~finite]
+  assert same.all(), f"{name}: {actual[~finite][~same][:3]} where {expected[~finite][~same][:3]}"
+  actual, expected = actual[finite], expected[finite]
+  assert np.isfinite(actual).all(), f"{name}: {np.count_nonzero(~np.isfinite(actual))} not finite"
+  if not actual.size:
+    return
+  error, size = np.abs(actual - expected), max(np.abs(expected).max(), least)
+  worst = int(error.argmax())
+  limit = TOLERANCE[jnp.dtype(dtype).name]
+  message = (
+    f"{name}: {actual[worst]} where {expected[worst]}, off by {error[worst]:.3g} of {size:.3g}"
+  )
+  assert error[worst] <= factor * limit.worst * size, message
+  rms = max(np.sqrt((expected**2).mean()), least)
+  ratio = np.sqrt((error**2).mean()) / rms if rms else 0.0
+  assert ratio <= factor * limit.rms, f"{message}; relative RMSE {ratio:.3g}"
+
+
+def assert_trees_close(
+  actual, expected, dtype="float32", *, factor: float = 1.0, least: float = 0.0
+) -> None:
+  """`assert_close` of every leaf, named by its path."""
+  paths, tree = jax.tree_util.tree_flatten_with_path(expected)
+  leaves = jax.tree.leaves(actual)
+  assert jax.tree.structure(actual) == tree
+  for (path, want), got in zip(paths, leaves, strict=True):
+    assert_close(jax.tree_util.keystr(path), got, want, dtype, factor=factor, least=least)
+
+
+def assert_same(name: str, actual, expected) -> None:
+  """Equal bit for bit."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+  differ = actual.tobytes() != expected.tobytes()
+  assert not differ, f"{name}: {np.count_nonzero(actual != expected)} of {actual.size} differ"
+
+
+def keys(seed: int = 0) -> Iterator[jax.Array]:
+  """Fresh random keys, without end."""
+  key = jax.random.key(seed)
+  while True:
+    key, one = jax.random.split(key)
+    yield one
+
+
+class Case(NamedTuple):
+  """The shapes of one attention call."""
+
+  B: int = 2
+  T: int = 33
+  S: int = 33
+  N: int = 4
+  K: int = 2
+  H: int = 8
+  h: int = 8
+  dtype: str = "float32"
+
+  def __str__(self):
+    return "-".join(f"{name}{value}" for name, value in zip(self._fields, self, strict=True))
+
+  def inputs(self, seed: int = 0, dtype: str | None = None):
+    """q, k, v of this case."""
+    make, dtype = keys(seed), jnp.dtype(dtype or self.dtype)
+    shapes = ((self.T, self.N, self.H), (self.S, self.K, self.H), (self.S, self.K, self.h))
+    return tuple(jax.random.normal(next(make), (self.B, *s)).astype(dtype) for s in shapes)
+
+
+@contextlib.contextmanager
+def double():
+  """float64 inside."""
+  with jax.enable_x64(True):
+    yield
+
+
+def to_double(tree):
+  """Floating leaves as float64 (inside `double`)."""
+  return jax.tree.map(
+    lambda x: (
+      jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    ),
+    tree,
+  )
+
+
+def softmax_attention(q, k, v, allowed, *, bias=0.0, scale=None, cap=None, slopes=None, sinks=None):
+  """Softmax attention in NumPy, float64, one query and head at a time: (out `B T N h`, lse `B T
+  N`).
+  """
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  slopes, sinks = (x if x is None else np.asarray(x, np.float64) for x in (slopes, sinks))
+  (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
+  allowed = np.broadcast_to(np.asarray(allowed), (B, N, T, S))
+  bias = np.broadcast_to(np.asarray(bias, np.float64), (B, N, T, S))
+  out, lse = np.zeros((B, T, N, h)), np.full((B, T, N), -np.inf)
+  for b, t, n in np.ndindex(B, T, N):
+    s = k[b, :, n // (N // K)] @ q[b, t, n] * (H**-0.5 if scale is None else scale)
+    s = s if cap is None else cap * np.tanh(s / cap)
+    s = s + bias[b, n, t] - (0.0 if slopes is None else slopes[n]) * np.abs(np.arange(S) - t)
+    s = np.where(allowed[b, n, t], s, -np.inf)
+    everything = s if sinks is None else np.append(s, sinks[n])
+    if everything.max() > -np.inf:
+      lse[b, t, n] = everything.max() + np.log(np.exp(everything - everything.max()).sum())
+      out[b, t, n] = np.exp(s - lse[b, t, n]) @ v[b, :, n // (N // K)]
+  return out, lse
