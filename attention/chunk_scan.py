@@ -1,0 +1,233 @@
+"""Linear attention in chunks: C tokens of the recurrence at a time, and its own backward pass.
+
+    P = (Q K^T) * exp(between)      inside the chunk, from j to i >= j
+    O = P V + (Q * exp(prefix)) S                 S' = exp(total) S + (K * exp(suffix))^T V
+
+`attention/chunks.py` has the decays. The backward pass keeps the inputs and nothing else. It runs
+the states forward once more, one per chunk (as many numbers as v has, when C = M), and then walks
+back over the chunks, each recomputed from the state that enters it and differentiated there and
+then. That is plain JAX, so it differentiates again.
+
+The layout inside a chunk is head-major, [B N C width], and every buffer of the loop is used again
+for the next chunk: on a CPU the working set of one chunk stays in cache.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from attention import chunks
+from attention.feature_maps import FeatureMap
+
+
+class State(NamedTuple):
+  """What the past leaves behind, float32 (float64 for float64 inputs)."""
+
+  kv: Float[Array, "B N M h"]
+  """Decayed sum of phi(k) v^T."""
+  z: Float[Array, "B N M"]
+  """Decayed sum of phi(k); stays as it was without `normalize`."""
+
+
+class Rule(NamedTuple):
+  """What is static in a chunk."""
+
+  num_heads: int
+  dtype: Any  # of every sum
+  normalize: bool
+  scale: float
+  precision: lax.Precision
+
+
+class Tokens(NamedTuple):
+  """The differentiable inputs of a chunk's tokens, [B C heads width]."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  g: jax.Array | None
+
+
+class Marks(NamedTuple):
+  """The integers of a chunk's tokens."""
+
+  positions: jax.Array
+  keep: jax.Array | None  # [B C], False where a token is padding
+  runs: jax.Array | None  # [B C], the number of the token's document
+  before: jax.Array | None  # [B], of the document active before the chunk
+
+
+class _Terms(NamedTuple):
+  """A chunk's tokens as the state sees them, [B N C width], and how it fades across them."""
+
+  k: jax.Array
+  v: jax.Array
+  g: jax.Array | None
+  masks: chunks.RunMasks | None
+  read: jax.Array | float  # of the state that enters, when token i reads it
+  write: jax.Array | float  # of token j's write, when the state leaves
+  carry: jax.Array | float  # of the state that enters, when the state leaves
+
+
+def _head_major(x: jax.Array, num_heads: int) -> jax.Array:
+  """[B C K W] -> [B N C W], every key head repeated for its query heads."""
+  return jnp.repeat(jnp.swapaxes(x, 1, 2), num_heads // x.shape[2], axis=1)
+
+
+def _terms(rule: Rule, phi: FeatureMap, x: Tokens, marks: Marks) -> _Terms:
+  k = _head_major(
+    phi(x.k.astype(rule.dtype), positions=marks.positions, is_query=False), rule.num_heads
+  )
+  v = _head_major(x.v.astype(rule.dtype), rule.num_heads)
+  g = None if x.g is None else jnp.swapaxes(x.g.astype(rule.dtype), 1, 2)
+  if marks.keep is not None:
+    keep = marks.keep[:, None, :, None]
+    k = jnp.where(keep, k, 0)
+    g = None if g is None else jnp.where(keep, g, 0)
+  read = write = carry = 1.0
+  if g is not None:
+    read, write, carry = (jnp.exp(x) for x in chunks.decay_sums(g))
+  masks = None
+  if marks.runs is not None and marks.before is not None:
+    masks = chunks.run_masks(marks.runs, marks.before)
+    read = jnp.where(masks.entering, read, 0.0)
+    write = jnp.where(masks.leaving, write, 0.0)
+    carry = jnp.where(masks.whole, carry, 0.0)
+  return _Terms(k, v, g, masks, read, write, carry)
+
+
+def _write(rule: Rule, state: State, x: _Terms) -> State:
+  """The state after a chunk."""
+  k = x.k * x.write
+  new = jnp.einsum("bncm,bnch->bnmh", k, x.v, precision=rule.precision)
+  if isinstance(x.carry, float):
+    kv, z = state
+  else:
+    kv, z = state.kv * jnp.swapaxes(x.carry, -1, -2), state.z * x.carry[:, :, 0, :]
+  return State(kv + new, z + jnp.sum(k, axis=2) if rule.normalize else state.z)
+
+
+def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
+  """P_ij, what token i reads of token j's write: [B N C C]."""
+  causal = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))[None, None]
+  allowed = causal if x.masks is None else causal & x.masks.same
+  if x.g is not None and x.g.shape[-1] > 1:
+    return jnp.where(allowed, chunks.decayed_scores(q, x.k, x.g, rule.precision), 0)
+  scores = jnp.einsum("bncm,bnsm->bncs", q, x.k, precision=rule.precision)
+  if x.g is None:
+    return jnp.where(allowed, scores, 0)
+  # The exponent is masked, not the product: exp(-inf) is 0 with a gradient of 0.
+  return scores * jnp.exp(jnp.where(allowed, chunks.decay_between(x.g), -jnp.inf))
+
+
+def _read(rule: Rule, state: State, q: jax.Array, x: _Terms) -> jax.Array:
+  """The outputs of a chunk, from the state that enters it: [B N C h]."""
+  scores, q = _scores(rule, q, x), q * x.read
+  out = jnp.einsum("bncs,bnsh->bnch", scores, x.v, precision=rule.precision)
+  out = out + jnp.einsum("bncm,bnmh->bnch", q, state.kv, precision=rule.precision)
+  if not rule.normalize:
+    return out * rule.scale
+  weight = jnp.sum(scores, axis=-1) + jnp.einsum(
+    "bncm,bnm->bnc", q, state.z, precision=rule.precision
+  )
+  return divide(out, weight[..., None])
+
+
+def divide(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """x / weight, and 0 with zero gradient where the weight is 0."""
+  something = weight != 0
+  return jnp.where(something, x / jnp.where(something, weight, 1), 0)
+
+
+def _chunk(
+  rule: Rule, phi: FeatureMap, state: State, x: Tokens, marks: Marks
+) -> tuple[State, jax.Array]:
+  """One chunk: (state after, outputs [B C N h])."""
+  terms = _terms(rule, phi, x, marks)
+  q = _head_major(
+    phi(x.q.astype(rule.dtype), positions=marks.positions, is_query=True), rule.num_heads
+  )
+  out = jnp.swapaxes(_read(rule, state, q, terms), 1, 2)
+  return _write(rule, state, terms), out.astype(x.v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(
+  rule: Rule, phi: FeatureMap, state: State, xs: Tokens, marks: Marks
+) -> tuple[State, jax.Array]:
+  """All chunks, [chunks B C ...]; the backward pass is `_scan_backward`."""
+  return lax.scan(lambda state, x: _chunk(rule, phi, state, *x), state, (xs, marks))
+
+
+def _scan_forward(rule, phi, state, xs, marks):
+  return scan(rule, phi, state, xs, marks), (phi, state, xs, marks)
+
+
+def _scan_backward(rule, saved, gradients):
+  """States forward again, one per chunk; then the chunks backward, each recomputed."""
+  phi, state, xs, marks = saved
+  d_state, d_out = gradients
+
+  def forward(state, x):
+    return _write(rule, state, _terms(rule, phi, *x)), state
+
+  def backward(carry, x):
+    d_state, d_phi = carry
+    state, tokens, marks, d_out = x
+    _, pull = jax.vjp(lambda p, s, x: _chunk(rule, p, s, x, marks), phi, state, tokens)
+    d_phi_here, d_state, d_tokens = pull((d_state, d_out))
+    return (d_state, jax.tree.map(jnp.add, d_phi, d_phi_here)), d_tokens
+
+  _, states = lax.scan(forward, state, (xs, marks))
+  carry = (d_state, jax.tree.map(jnp.zeros_like, phi))
+  (d_state, d_phi), d_xs = lax.scan(backward, carry, (states, xs, marks, d_out), reverse=True)
+  return d_phi, d_state, d_xs, None
+
+
+scan.defvjp(_scan_forward, _scan_backward)
+
+
+def sum_dtype(x: jax.Array) -> Any:
+  """The type that sums are made in for inputs like x: float32, or float64 for float64."""
+  return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def cut(x: jax.Array, chunk_size: int, mode: str = "constant") -> jax.Array:
+  """[B T ...] -> [chunks B C ...], the last chunk padded."""
+  B, T = x.shape[:2]
+  x = jnp.pad(x, [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+  return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 1, 0)
+
+
+def full_decay(g: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+  """A log decay [N], [B T N] or [B T N M] as [B T N 1] or [B T N M], for `shape` = (B, T, N)."""
+  if g is None or g.ndim == 4:
+    return g
+  return jnp.broadcast_to(g[None, None], shape)[..., None] if g.ndim == 1 else g[..., None]
+
+
+def make_marks(
+  shape: tuple[int, int],
+  chunk_size: int,
+  positions: jax.Array | None,
+  lengths: jax.Array | None,
+  segment_ids: jax.Array | None,
+) -> Marks:
+  """Positions, padding and documents of every chunk, [chunks B C], for `shape` = (B, T)."""
+  B, T = shape
+  index = jnp.arange(T, dtype=jnp.int32)[None]
+  keep = index < (T if lengths is None else lengths.astype(jnp.int32)[:, None])
+  runs = before = None
+  if segment_ids is not None:
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+    runs = chunks.number_runs(starts & keep)  # padding begins no document
+    runs = cut(runs, chunk_size, mode="edge")
+    before = jnp.concatenate([jnp.zeros_like(runs[:1, :, 0]), runs[:-1, :, -1]])
+  positions = jnp.broadcast_to(index if positions is None else positions, (B, T))
+  padded = lengths is not None or T % chunk_size
+  keep = cut(jnp.broadcast_to(keep, (B, T)), chunk_size) if padded else None
+  return Marks(cut(positions, chunk_size), keep, runs, before)

@@ -1,0 +1,498 @@
+"""Linear attention: the past as one matrix per head, with or without decay.
+
+    S_t = exp(g_t) S_{t-1} + phi(k_t) v_t^T          state [M h], read after the write
+    z_t = exp(g_t) z_{t-1} + phi(k_t)                normalizer [M], only with normalize=True
+    o_t = scale * phi(q_t) S_t       or, normalized,      o_t = phi(q_t) S_t / (phi(q_t) . z_t)
+
+One call, many papers; what differs is the decay g <= 0, carried as a logarithm and never as exp(g):
+
+| mechanism                        | log_decay             | phi, normalize     | scale | source |
+|----------------------------------|-----------------------|--------------------|-------|--------|
+| linear attention, Performer, ... | None                  | elu_plus_one, True | -     | [1]    |
+| RetNet                           | [N] log(1 - 2^(-5-n)) | identity, False    | H^-.5 | [2]    |
+| Lightning attention              | [N] a slope per head  | identity, False    | 1     | [3]    |
+| Mamba-2's SSD (q=C, k=B, v=dt x) | [B T N] -exp(A) dt    | identity, False    | 1     | [4]    |
+| GLA                              | [B T N H]             | identity, False    | H^-.5 | [5]    |
+| HGRN2 (k = 1 - exp(g))           | [B T N H]             | identity, False    | 1     | [6]    |
+
+[1] https://arxiv.org/abs/2006.16236, eq. 9-12    [2] https://arxiv.org/abs/2307.08621, eq. 6
+[3] https://arxiv.org/abs/2401.04658              [4] https://arxiv.org/abs/2405.21060, eq. 16
+[5] https://arxiv.org/abs/2312.06635, eq. 3       [6] https://arxiv.org/abs/2404.07904
+
+`chunked` cuts time into chunks of C tokens. Inside a chunk it is attention with a decayed lower
+triangle of scores; between chunks it is the recurrence, C steps at once (`attention/chunks.py` has
+the decays, exact for any g from 0 to -inf):
+
+    P  = (Q K^T) * exp(between)
+    O  = P V + (Q * exp(prefix)) S
+    S' = exp(total) S + (K * exp(suffix))^T V
+
+Cost: O(T C (M + h) + T M h) flops; memory O(T), forward and backward. The backward pass keeps the
+inputs and nothing else: it runs the states forward once more, one per chunk, and then walks the
+chunks back, each recomputed as it is needed.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from attention import feature_maps, loops
+from attention.chunk_scan import (
+  Rule,
+  State,
+  Tokens,
+  cut,
+  divide,
+  full_decay,
+  make_marks,
+  scan,
+  sum_dtype,
+)
+from attention.dispatch import Implementation, choose
+from attention.feature_maps import FeatureMap
+from attention.types import Cost, Key, Output, Query, SegmentIds, Value
+
+DEFAULT_CHUNK = 128
+
+
+class Call(NamedTuple):
+  """A checked call of `linear_attention`, as data."""
+
+  q: Query
+  k: Key
+  v: Value
+  log_decay: jax.Array | None
+  feature_map: FeatureMap
+  normalize: bool
+  initial_state: State | None
+  segment_ids: SegmentIds | None
+  positions: Int[Array, "B T"] | None
+  lengths: Int[Array, " B"] | None
+  reverse: bool
+  bidirectional: bool
+  chunk_size: int
+  scale: float
+
+
+def linear_attention(
+  q: Query,
+  k: Key,
+  v: Value,
+  *,
+  log_decay: Float[Array, "..."] | None = None,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  initial_state: State | None = None,
+  return_state: bool = False,
+  segment_ids: SegmentIds | None = None,
+  positions: Int[Array, "B T"] | None = None,
+  lengths: Int[Array, " B"] | None = None,
+  reverse: bool = False,
+  bidirectional: bool = False,
+  chunk_size: int | None = None,
+  scale: float | None = None,
+  implementation: str | None = None,
+) -> Output | tuple[Output, State]:
+  """Linear attention with optional decay; see the top of the file for the equation and its papers.
+
+  Differentiable in q, k, v, log_decay, initial_state and the feature map's arrays, through the
+  output and through the state; gradients differentiate again, in reverse mode.
+
+  Args:
+    q, k, v: [B T N H], [B T K H], [B T K h]; K divides N, and query head n reads key head n // (N /
+      K).
+    log_decay: g <= 0, natural logarithm: None, [N] per head, [B T N] per token and head, or [B T N
+      M] per channel of phi.
+    feature_map: phi, from `feature_maps` or its name; None is the identity.
+    normalize: divide by the sum of the weights. A row whose weights sum to exactly 0 gives 0, with
+      zero gradient.
+    initial_state: what came before; None is zeros. It belongs to the first segment.
+    return_state: also return the state after the last token: of the last segment, of the last
+      direction walked.
+    segment_ids: a new document begins wherever the id differs from the token before, from a state
+      of zeros.
+    positions: handed to the feature map; by default 0, 1, 2, ...
+    lengths: tokens of row b from lengths[b] on are padding: they leave the state as it is, and
+      their outputs are 0.
+    reverse: the recurrence runs from the last token to the first: token t reads what is written at
+      t and after.
+    bidirectional: token t reads every token, decayed by the distance on both sides, itself once.
+    chunk_size: C, a power of two; changes speed and the last bits.
+    scale: factor on unnormalized outputs. The default is 1, not H^-0.5 as in softmax: a feature map
+      carries its own scale, a normalizer cancels any, and Mamba-2, Lightning and HGRN2 have none;
+      pass q.shape[-1]**-0.5 for GLA and RetNet.
+    implementation: "chunked", "reference", or None for the best.
+
+  Returns:
+    The output [B T N h] in v's dtype, and with `return_state` the state.
+
+  Raises:
+    ValueError: shapes disagree, or arguments exclude each other.
+  """
+  call = describe(
+    q, k, v, log_decay=log_decay, feature_map=feature_map, normalize=normalize,
+    initial_state=initial_state, return_state=return_state, segment_ids=segment_ids,
+    positions=positions, lengths=lengths, reverse=reverse, bidirectional=bidirectional,
+    chunk_size=chunk_size, scale=scale,
+  )  # fmt: skip
+  out, state = _run(call, implementation)
+  return (out, state) if return_state else out
+
+
+def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
+  return IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+
+
+def describe(
+  q: Query,
+  k: Key,
+  v: Value,
+  *,
+  log_decay: Any = None,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  initial_state: State | None = None,
+  return_state: bool = False,
+  segment_ids: Any = None,
+  positions: Any = None,
+  lengths: Any = None,
+  reverse: bool = False,
+  bidirectional: bool = False,
+  chunk_size: int | None = None,
+  scale: float | None = None,
+) -> Call:
+  """Checks the arguments of `linear_attention` and returns the call as data. Computes nothing."""
+  if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    raise ValueError(
+      f"q, k, v must be [B T N H], [B T K H], [B T K h], got {q.shape}, {k.shape}, {v.shape}"
+    )
+  B, T, N, H = q.shape
+  if k.shape[:2] != (B, T) or k.shape[3] != H:
+    raise ValueError(f"k must be [B={B} T={T} K H={H}] as q {q.shape} says, got {k.shape}")
+  if v.shape[:3] != k.shape[:3]:
+    raise ValueError(f"v must have the batch, length and heads of k {k.shape}, got {v.shape}")
+  if N % k.shape[2]:
+    raise ValueError(f"q's heads must be a multiple of k's, got N={N} and K={k.shape[2]}")
+  feature_map = feature_maps.get(feature_map, H)
+  M = feature_map.num_features(H) if isinstance(feature_map, FeatureMap) else None
+  _check_shape("log_decay", log_decay, (N,), (B, T, N), (B, T, N, M))
+  _check_shape("segment_ids", segment_ids, (B, T))
+  _check_shape("positions", positions, (B, T), (1, T))
+  _check_shape("lengths", lengths, (B,))
+  if initial_state is not None:
+    _check_shape("initial_state.kv", initial_state.kv, (B, N, M, v.shape[3]))
+    _check_shape("initial_state.z", initial_state.z, (B, N, M))
+  if bidirectional and (
+    reverse or return_state or initial_state is not None or lengths is not None
+  ):
+    raise ValueError(
+      "bidirectional=True reads both ways, so it excludes reverse, lengths and states, got "
+      f"reverse={reverse}, lengths={lengths is not None}, return_state={return_state}, "
+      f"initial_state={initial_state is not None}"
+    )
+  if reverse and lengths is not None:
+    raise ValueError(
+      "lengths pads the end, where reverse=True begins; flip the inputs instead, got both"
+    )
+  chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
+  if chunk_size < 1 or chunk_size & (chunk_size - 1):
+    raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
+  return Call(
+    q, k, v, log_decay, feature_map, normalize, initial_state, segment_ids, positions, lengths,
+    reverse, bidirectional, chunk_size, 1.0 if scale is None else scale,
+  )  # fmt: skip
+
+
+def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None:
+  if array is not None and array.shape not in shapes:
+    raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {array.shape}")
+
+
+def chunked(call: Call) -> tuple[Output, State]:
+  """The call in chunks: matrix products inside and between them, one pass over time."""
+  if call.bidirectional:
+    return _both_ways(call)
+  if call.reverse:
+    out, state = chunked(_flipped(call))
+    return jnp.flip(out, axis=1), state
+  B, T, N, _ = call.q.shape
+  dtype = sum_dtype(call.q)
+  C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
+  tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, call.q.shape[:3]))
+  marks = make_marks((B, T), C, call.positions, call.lengths, call.segment_ids)
+  state = call.initial_state
+  if state is None:
+    M = call.feature_map.num_features(call.q.shape[3])
+    state = State(jnp.zeros((B, N, M, call.v.shape[3])), jnp.zeros((B, N, M)))
+  zero = loops.zero((tokens, marks), dtype)
+  state = jax.tree.map(lambda x: x.astype(dtype) + zero, state)
+
+  precision = lax.Precision.HIGHEST if call.q.dtype.itemsize >= 4 else lax.Precision.DEFAULT
+  rule = Rule(N, dtype, call.normalize, call.scale, precision)
+  state, out = scan(rule, call.feature_map, state, jax.tree.map(lambda x: cut(x, C), tokens), marks)
+  out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])[:, :T]
+  if call.lengths is not None:
+    real = jnp.arange(T, dtype=call.lengths.dtype)[None] < call.lengths[:, None]
+    out = jnp.where(real[..., None, None], out, 0)
+  return out, state
+
+
+def _flipped(call: Call) -> Call:
+  """The call that walks the other way: every array with a time axis flipped."""
+  T = call.q.shape[1]
+  positions = jnp.arange(T)[None] if call.positions is None else call.positions
+  g = call.log_decay
+  flip = functools.partial(jnp.flip, axis=1)
+  return call._replace(
+    q=flip(call.q),
+    k=flip(call.k),
+    v=flip(call.v),
+    log_decay=g if g is None or g.ndim == 1 else flip(g),
+    positions=flip(positions),
+    segment_ids=None if call.segment_ids is None else flip(call.segment_ids),
+    reverse=False,
+  )
+
+
+def _both_ways(call: Call) -> tuple[Output, State]:
+  """Every token reads every token: one state for all, or two walks less each own write once."""
+  B, T, N, H = call.q.shape
+  precision = lax.Precision.HIGHEST
+  dtype = sum_dtype(call.q)
+  q = call.feature_map(call.q.astype(dtype), positions=call.positions, is_query=True)
+  k = call.feature_map(call.k.astype(dtype), positions=call.positions, is_query=False)
+  v = call.v.astype(dtype)
+  if call.normalize:  # one column of ones: its sums are the normalizer
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+  empty = State(jnp.zeros((B, N, 0, 0), v.dtype), jnp.zeros((B, N, 0), v.dtype))
+  if call.log_decay is None and call.segment_ids is None:
+    q = q.reshape(B, T, k.shape[2], -1, q.shape[-1])
+    kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=precision)
+    out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=precision).reshape(B, T, N, -1)
+  else:
+    plain = call._replace(v=v, normalize=False, bidirectional=False, scale=1.0)
+    own = jnp.sum(q * jnp.repeat(k, N // k.shape[2], axis=2), axis=-1, keepdims=True)
+    own = own * jnp.repeat(v, N // v.shape[2], axis=2)
+    out = chunked(plain)[0] + chunked(plain._replace(reverse=True))[0] - own
+  out = divide(out[..., :-1], out[..., -1:]) if call.normalize else out * call.scale
+  return out.astype(call.v.dtype), empty
+
+
+def reference(
+  q: Query,
+  k: Key,
+  v: Value,
+  *,
+  is_causal: bool = True,
+  bidirectional: bool = False,
+  return_state: bool = False,
+  implementation: str | None = None,
+  **options: Any,
+) -> Output | tuple[Output, State]:
+  """The recurrence, token by token, in float32 (float64 for float64 inputs): the oracle.
+
+  It takes what `linear_attention` takes; `is_causal=False` says `bidirectional=True`, in the words
+  of the Variant protocol; `chunk_size` and `implementation` mean nothing here.
+  """
+  del implementation
+  both = bidirectional or not is_causal
+  call = describe(q, k, v, bidirectional=both, return_state=return_state, **options)
+  out, state = _recurrence(call)
+  return (out, state) if return_state else out
+
+
+def _recurrence(call: Call) -> tuple[Output, State]:
+  (B, T, N, _), h = call.q.shape, call.v.shape[3]
+  dtype = jnp.float64 if call.q.dtype == jnp.float64 else jnp.float32
+  phi, repeats = call.feature_map, N // call.k.shape[2]
+  q = phi(call.q.astype(dtype), positions=call.positions, is_query=True)
+  k = phi(call.k.astype(dtype), positions=call.positions, is_query=False)
+  k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, call.v.astype(dtype)))
+  g = jnp.zeros((N,)) if call.log_decay is None else call.log_decay
+  g = g[None, None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 3 else g
+  a = jnp.broadcast_to(jnp.exp(g.astype(dtype)), k.shape)
+  last = T if call.lengths is None else call.lengths.astype(int)[:, None]
+  real = jnp.broadcast_to(jnp.arange(T)[None] < last, (B, T))
+  k, a = jnp.where(real[..., None, None], k, 0), jnp.where(real[..., None, None], a, 1)
+  ids = jnp.zeros((B, T), int) if call.segment_ids is None else call.segment_ids
+  turns = ids[:, 1:] != ids[:, :-1]
+
+  def token(state: State, x):
+    q, k, v, a, fresh = x
+    a = jnp.where(fresh[:, None, None], 0, a)
+    kv = a[..., None] * state.kv + k[..., None] * v[..., None, :]
+    z = a * state.z + k if call.normalize else state.z
+    out = jnp.einsum("bnm,bnmh->bnh", q, kv, precision="highest")
+    return State(kv, z), (out, jnp.einsum("bnm,bnm->bn", q, z, precision="highest")[..., None])
+
+  def walk(state: State, backward: bool):
+    fresh = jnp.pad(turns, [(0, 0), (0, 1) if backward else (1, 0)]) & real
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, a, fresh))
+    state, outs = lax.scan(token, state, xs, reverse=backward)
+    return state, [jnp.moveaxis(x, 0, 1) for x in outs]
+
+  M = k.shape[-1]
+  state = call.initial_state or State(jnp.zeros((B, N, M, h)), jnp.zeros((B, N, M)))
+  state = State(state.kv.astype(dtype), state.z.astype(dtype))
+  if call.bidirectional:
+    (_, (out, weight)), (_, (out_r, weight_r)) = walk(state, False), walk(state, True)
+    own = jnp.einsum("btnm,btnm->btn", q, k, precision="highest")[..., None]
+    out, weight = out + out_r - own * v, weight + weight_r - own
+  else:
+    state, (out, weight) = walk(state, call.reverse)
+  if call.normalize:
+    out = jnp.where(weight == 0, 0, out / jnp.where(weight == 0, 1, weight))
+  else:
+    out = out * call.scale
+  return jnp.where(real[..., None, None], out, 0).astype(call.v.dtype), state
+
+
+IMPLEMENTATIONS = {
+  "chunked": Implementation(run=chunked, unsupported=lambda call: None),
+  "reference": Implementation(run=_recurrence, unsupported=lambda call: None),
+}
+"""Every way to compute `linear_attention`, the best first."""
+
+
+# --- decoding, and the functions of the Variant protocol ------------------------------------------
+
+
+class DecodeState(NamedTuple):
+  """What a decoder carries from token to token; its size does not grow."""
+
+  kv: Float[Array, "B N M h"]
+  z: Float[Array, "B N M"]
+  position: Int[Array, " B"]
+  """Tokens seen, for feature maps that ask."""
+
+
+def attend(
+  q: Query,
+  k: Key,
+  v: Value,
+  *,
+  is_causal: bool = True,
+  segment_ids: SegmentIds | None = None,
+  implementation: str | None = None,
+  log_decay: Float[Array, "..."] | None = None,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  scale: float | None = None,
+) -> Output:
+  """`linear_attention` by the Variant protocol: causal, or both ways."""
+  call = describe(
+    q, k, v, log_decay=log_decay, feature_map=feature_map, normalize=normalize, scale=scale,
+    segment_ids=segment_ids, bidirectional=not is_causal,
+  )  # fmt: skip
+  return _run(call, implementation)[0]
+
+
+def init_state(
+  batch: int,
+  *,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int,
+  value_dim: int,
+  max_length: int,
+  dtype: Any = jnp.float32,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  scale: float | None = None,
+) -> DecodeState:
+  """A past of nothing. It is float32 whatever `dtype` is, and no `max_length` bounds it."""
+  del num_kv_heads, max_length, dtype, normalize, scale
+  M = feature_maps.get(feature_map, head_dim).num_features(head_dim)
+  return DecodeState(
+    jnp.zeros((batch, num_heads, M, value_dim), jnp.float32),
+    jnp.zeros((batch, num_heads, M), jnp.float32),
+    jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def prefill(
+  state: DecodeState,
+  q: Query,
+  k: Key,
+  v: Value,
+  *,
+  lengths: Int[Array, " B"] | None = None,
+  log_decay: Float[Array, "..."] | None = None,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  scale: float | None = None,
+) -> tuple[DecodeState, Output]:
+  """Appends T tokens, or the first lengths[b] of row b; outputs of the others are 0."""
+  T = q.shape[1]
+  call = describe(
+    q, k, v, log_decay=log_decay, feature_map=feature_map, normalize=normalize, scale=scale,
+    lengths=lengths, initial_state=State(state.kv, state.z), return_state=True,
+    positions=state.position[:, None] + jnp.arange(T, dtype=jnp.int32)[None],
+  )  # fmt: skip
+  out, new = _run(call)
+  seen = jnp.int32(T) if lengths is None else lengths.astype(jnp.int32)
+  return DecodeState(new.kv, new.z, state.position + seen), out
+
+
+def step(
+  state: DecodeState,
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K h"],
+  *,
+  log_decay: Float[Array, "..."] | None = None,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  scale: float | None = None,
+) -> tuple[DecodeState, Float[Array, "B N h"]]:
+  """One token: decay, write, read; the same cost after any past. log_decay: [N], [B N], [B N M]."""
+  B, N, H = q.shape
+  phi = feature_maps.get(feature_map, H)
+  at, dtype = state.position[:, None], state.kv.dtype
+  keys = jnp.repeat(
+    phi(k.astype(dtype)[:, None], positions=at, is_query=False)[:, 0], N // k.shape[1], axis=1
+  )
+  values = jnp.repeat(v.astype(dtype), N // v.shape[1], axis=1)
+  queries = phi(q.astype(dtype)[:, None], positions=at, is_query=True)[:, 0]
+  kv, z = state.kv, state.z
+  if log_decay is not None:
+    g = log_decay.astype(dtype)
+    fade = jnp.exp(g[None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 2 else g)
+    kv, z = kv * fade[..., None], z * fade
+  kv = kv + keys[..., :, None] * values[..., None, :]
+  out = jnp.einsum("bnm,bnmh->bnh", queries, kv, precision=lax.Precision.HIGHEST)
+  if normalize:
+    z = z + keys
+    out = divide(
+      out, jnp.einsum("bnm,bnm->bn", queries, z, precision=lax.Precision.HIGHEST)[..., None]
+    )
+  else:
+    out = out * (1.0 if scale is None else scale)
+  return DecodeState(kv, z, state.position + 1), out.astype(v.dtype)
+
+
+def cost(
+  B: int,
+  T: int,
+  S: int,
+  N: int,
+  K: int,
+  H: int,
+  h: int,
+  *,
+  feature_map: FeatureMap | str | None = None,
+  normalize: bool = False,
+  scale: float | None = None,
+) -> Cost:
+  """What a causal forward pass of `chunked` costs in float32, the making of features aside."""
+  del S, scale
+  M = feature_maps.get(feature_map, H).num_features(H)
+  C = min(DEFAULT_CHUNK, T)
+  wide = h + 1 if normalize else h
+  flops = 2.0 * B * N * T * (C * (M + wide) + 2 * M * wide)
+  moved = 4.0 * B * T * (N * H + K * H + K * h + N * h)
+  return Cost(flops=flops, bytes=moved, state_bytes=4.0 * B * N * M * (h + 1))

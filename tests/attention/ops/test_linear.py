@@ -1,0 +1,482 @@
+"""Linear attention against the recurrence in float64, one question per test."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kit
+from attention import feature_maps
+from attention.ops import linear
+from attention.ops.linear import State
+
+# Both return an array or a pair, as they are asked; and some tests call them wrongly.
+linear_attention: Any = linear.linear_attention
+reference: Any = linear.reference
+
+B, N, K, H, h = 2, 4, 2, 8, 5
+DECAYS = ("none", "head", "token", "channel")
+
+
+def normal(key, *shape):
+  return jax.random.normal(key, shape, jnp.float32)
+
+
+def tokens(T, seed=0):
+  make = kit.keys(seed)
+  return (
+    normal(next(make), B, T, N, H),
+    normal(next(make), B, T, K, H),
+    normal(next(make), B, T, K, h),
+  )
+
+
+def decay(kind, T, seed=1) -> Any:
+  """None, or minus the exponential of a wide normal: from about -10 to about -0.01."""
+  shape = {"head": (N,), "token": (B, T, N), "channel": (B, T, N, H)}.get(kind)
+  return None if shape is None else -jnp.exp(2 * normal(jax.random.key(seed), *shape) - 2)
+
+
+def some_state(seed=2):
+  make = kit.keys(seed)
+  return State(normal(next(make), B, N, H, h), jnp.abs(normal(next(make), B, N, H)))
+
+
+def documents(T, seed=3):
+  """Segment ids with about six boundaries, nowhere aligned."""
+  starts = np.random.default_rng(seed).random((B, T)) < 6 / T
+  return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+
+
+def recurrence_in_numpy(q, k, v, g, *, ids=None, state=None, normalize=False):
+  """The three lines at the top of ops/linear.py, in NumPy: (out, kv, z)."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
+  T = q.shape[1]
+  g = np.zeros(N) if g is None else np.asarray(g, np.float64)
+  g = g[None, None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 3 else g
+  g = np.broadcast_to(g, (B, T, N, q.shape[3]))
+  kv = np.zeros((B, N, q.shape[3], h)) if state is None else np.asarray(state.kv, np.float64)
+  z = np.zeros((B, N, q.shape[3])) if state is None else np.asarray(state.z, np.float64)
+  out = np.zeros((B, T, N, h))
+  for t in range(T):
+    same = np.ones((B, 1, 1)) if ids is None or t == 0 else (ids[:, t] == ids[:, t - 1])
+    same = np.reshape(same, (B, 1, 1)).astype(np.float64)
+    kv = (same * np.exp(g[:, t]))[..., None] * kv + k[:, t][..., None] * v[:, t][..., None, :]
+    z = same * np.exp(g[:, t]) * z + k[:, t]
+    out[:, t] = np.einsum("bnm,bnmh->bnh", q[:, t], kv)
+    if normalize:
+      out[:, t] /= np.einsum("bnm,bnm->bn", q[:, t], z)[..., None]
+  return out, kv, z
+
+
+@functools.partial(jax.jit, static_argnames=("f", "settings"))
+def value_and_gradients(f, inputs, weights, extra, settings):
+  """(output, state) of f, and the gradient of their weighted sum to every input."""
+
+  def loss(inputs):
+    q, k, v, g, state = inputs
+    options = dict(settings) | extra
+    out = f(q, k, v, log_decay=g, initial_state=state, return_state=True, **options)
+    if not options.get("normalize"):
+      out = (out[0], out[1]._replace(z=jnp.zeros_like(out[1].z)))
+    return sum(jnp.sum(x * w) for x, w in zip(jax.tree.leaves(out), weights, strict=True)), out
+
+  (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(inputs)
+  return {
+    "out": out,
+    "gradient": dict(zip(("q", "k", "v", "log_decay", "state"), gradients, strict=True)),
+  }
+
+
+def check(inputs, extra=None, *, factor=1.0, chunk_size=32, **settings):
+  """Value and gradients, through output and final state, against the recurrence in float64."""
+  T = inputs[0].shape[1]
+  make, extra = kit.keys(9), extra or {}
+  M = inputs[4].z.shape[-1]
+  weights = [normal(next(make), *s) for s in ((B, T, N, h), (B, N, M, h), (B, N, M))]
+  run = functools.partial(value_and_gradients, extra=extra)
+  got = run(
+    linear_attention,
+    inputs,
+    weights,
+    settings=tuple({**settings, "chunk_size": chunk_size}.items()),
+  )
+  with kit.double():
+    arrays = kit.to_double((inputs, weights))
+    want = run(reference, *arrays, settings=tuple(settings.items()))
+  kit.assert_trees_close(got, want, factor=factor)
+  return got
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_reference_is_the_recurrence_of_the_papers(kind, normalize):
+  q, k, v = tokens(23)
+  if normalize:
+    q, k = jnp.abs(q), jnp.abs(k)
+  g, ids, state = decay(kind, 23), documents(23), some_state()
+  out, kv, z = recurrence_in_numpy(
+    q, k, v, g, ids=np.asarray(ids), state=state, normalize=normalize
+  )
+  got, end = reference(
+    q, k, v, log_decay=g, segment_ids=ids, initial_state=state, normalize=normalize,
+    return_state=True,
+  )  # fmt: skip
+  kit.assert_close("out", got, out)
+  kit.assert_close("kv", end.kv, kv)
+  if normalize:
+    kit.assert_close("z", end.z, z)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("T", [1, 7, 63, 200])
+def test_output_state_and_every_gradient_equal_the_recurrence(kind, T):
+  check((*tokens(T), decay(kind, T), some_state()))
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_normalized_with_a_feature_map_in_documents(kind):
+  check(
+    (*tokens(90), decay(kind, 90), some_state()),
+    {"segment_ids": documents(90)},
+    feature_map="elu_plus_one",
+    normalize=True,
+  )
+
+
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_tiny_decays_after_huge_ones_in_a_chunk_are_exact(kind):
+  """A running sum of -10000s has an ulp of 0.06; the -0.001s and 0s after them must not be lost."""
+  g = decay(kind, 64)
+  choice = jax.random.choice(
+    jax.random.key(5), jnp.array([-1e4, -1e-3, 0.0, -1e-3, -30.0]), g.shape
+  )
+  got = check((*tokens(64), choice, some_state()), chunk_size=64)
+  assert np.all(np.asarray(got["gradient"]["log_decay"])[np.asarray(choice) == -1e4] == 0)
+  burst = jnp.full_like(choice, -1e-3).at[:, :32].set(-1e4)
+  check((*tokens(64), burst, some_state()), chunk_size=64)
+
+
+def test_a_decay_of_minus_infinity_is_a_reset():
+  g = decay("channel", 64).at[:, 40].set(-jnp.inf)
+  q, k, v = tokens(64)
+  out = linear_attention(q, k, v, log_decay=g, initial_state=some_state())
+  alone = linear_attention(*(x[:, 40:] for x in (q, k, v)), log_decay=g[:, 40:])
+  kit.assert_close("out", out[:, 40:], alone)
+  gradient = jax.grad(lambda g: jnp.sum(linear_attention(q, k, v, log_decay=g) ** 2))(g)
+  assert np.isfinite(np.asarray(gradient)).all()
+
+
+def test_thousands_of_tokens_without_decay():
+  T = 4096
+  q, k, v = (jnp.abs(x) for x in tokens(T))
+  out = linear_attention(q, k, v, log_decay=jnp.zeros((N,)), normalize=True)
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  kv = np.cumsum(np.repeat(k, 2, axis=2)[..., None] * np.repeat(v, 2, axis=2)[..., None, :], axis=1)
+  z = np.cumsum(np.repeat(k, 2, axis=2), axis=1)
+  want = np.einsum("btnm,btnmh->btnh", q, kv) / np.einsum("btnm,btnm->btn", q, z)[..., None]
+  kit.assert_close("out", out, want)
+
+
+def test_repeated_zero_huge_and_tiny_keys_and_values():
+  q, k, v = tokens(70)
+  g = decay("token", 70)
+  k = k.at[:, 10:30].set(k[:, 10:11]).at[:, 40:60].set(0.0)
+  out = linear_attention(q, k, v, log_decay=g)
+  kit.assert_close("out", out, recurrence_in_numpy(q, k, v, g)[0])
+  for factor in (2.0**80, 2.0**-80):
+    kit.assert_close("v", linear_attention(q, k, v * factor, log_decay=g) / factor, out)
+    kit.assert_close("k", linear_attention(q, k * factor, v, log_decay=g) / factor, out)
+
+
+def test_a_row_whose_weights_are_zero_gives_zero_with_zero_gradient():
+  q, k, v = tokens(20)
+  q = q.at[:, 5].set(-1.0)
+  k = k.at[:, :3].set(-1.0)
+
+  def f(q, k, v):
+    return linear_attention(q, k, v, feature_map="relu", normalize=True, chunk_size=8)
+
+  out, pull = jax.vjp(f, q, k, v)
+  assert np.all(np.asarray(out[:, 5]) == 0) and np.all(np.asarray(out[:, :3]) == 0)
+  gradients = pull(jnp.ones_like(out))
+  assert all(np.isfinite(np.asarray(x)).all() for x in gradients)
+  assert np.all(np.asarray(gradients[0][:, 5]) == 0) and np.all(
+    np.asarray(gradients[1][:, :3]) == 0
+  )
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_packed_documents_equal_the_documents_alone(kind):
+  bounds = [0, 5, 6, 41, 77]  # a document of one token, and one over three chunks
+  q, k, v = tokens(77)
+  g, state = decay(kind, 77), some_state()
+  ids = jnp.asarray(np.repeat([7, 2, 7, 2], np.diff(bounds)), jnp.int32)[None].repeat(B, axis=0)
+  run = functools.partial(linear_attention, return_state=True, chunk_size=16)
+  out, end = run(q, k, v, log_decay=g, segment_ids=ids, initial_state=state)
+  for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    piece = [x[:, start:stop] for x in (q, k, v)]
+    own = g if g is None or g.ndim == 1 else g[:, start:stop]
+    want, last = run(*piece, log_decay=own, initial_state=state if start == 0 else None)
+    kit.assert_close(f"out[{start}:{stop}]", out[:, start:stop], want)
+  kit.assert_close("kv", end.kv, last.kv)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_two_halves_through_the_state_equal_the_whole(kind):
+  q, k, v = (jnp.abs(x) for x in tokens(61))
+  g = decay(kind, 61)
+  run = functools.partial(linear_attention, normalize=True, return_state=True, chunk_size=16)
+  out, end = run(q, k, v, log_decay=g)
+  cut = [None if g is None else g if g.ndim == 1 else g[:, s] for s in (slice(37), slice(37, 61))]
+  first, middle = run(q[:, :37], k[:, :37], v[:, :37], log_decay=cut[0])
+  rest = [x[:, 37:] for x in (q, k, v)]
+  second, last = run(*rest, log_decay=cut[1], initial_state=middle)
+  kit.assert_close("out", jnp.concatenate([first, second], axis=1), out)
+  kit.assert_trees_close(last, end)
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+def test_reverse_is_forward_on_flipped_tokens(kind):
+  q, k, v = tokens(45)
+  g, ids = decay(kind, 45), documents(45)
+  flip = functools.partial(jnp.flip, axis=1)
+  flipped = g if g is None or g.ndim == 1 else flip(g)
+  run = functools.partial(linear_attention, return_state=True, initial_state=some_state())
+  out, end = run(q, k, v, log_decay=g, segment_ids=ids, reverse=True, chunk_size=16)
+  want, last = reference(
+    flip(q), flip(k), flip(v), log_decay=flipped, segment_ids=flip(ids), return_state=True,
+    initial_state=some_state(),
+  )  # fmt: skip
+  kit.assert_close("out", out, flip(want))
+  kit.assert_close("kv", end.kv, last.kv)
+  again, _ = reference(
+    q, k, v, log_decay=g, segment_ids=ids, reverse=True, return_state=True,
+    initial_state=some_state(),
+  )  # fmt: skip
+  kit.assert_close("reference", again, flip(want))
+
+
+def dense_both_ways(q, k, v, g, ids, normalize):
+  """Every pair, weighed by what is decayed between the two, in NumPy."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
+  T = q.shape[1]
+  g = np.zeros(N) if g is None else np.asarray(g, np.float64)
+  g = g[None, None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 3 else g
+  g = np.broadcast_to(g, (B, T, N, H))
+  out = np.zeros((B, T, N, h))
+  for t in range(T):
+    score = np.zeros((B, T, N))
+    for s in range(T):
+      between = g[:, s + 1 : t + 1].sum(1) if s < t else g[:, t:s].sum(1)
+      score[:, s] = (
+        np.sum(q[:, t] * k[:, s] * np.exp(between), -1) * (ids[:, t] == ids[:, s])[:, None]
+      )
+    out[:, t] = np.einsum("bsn,bsnh->bnh", score, v)
+    if normalize:
+      out[:, t] /= score.sum(1)[..., None]
+  return out
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional_equals_the_dense_formula(kind, packed):
+  q, k, v = (jnp.abs(x) for x in tokens(29))
+  g = decay(kind, 29)
+  ids = documents(29) if packed else None
+  for normalize in (False, True):
+    options = {"log_decay": g, "segment_ids": ids, "normalize": normalize}
+    want = dense_both_ways(
+      q, k, v, g, np.zeros((B, 29)) if ids is None else np.asarray(ids), normalize
+    )
+    got = linear_attention(q, k, v, bidirectional=True, chunk_size=8, **options)
+    kit.assert_close("chunked", got, want)
+    kit.assert_close("reference", reference(q, k, v, is_causal=False, **options), want)
+
+
+@pytest.mark.parametrize("kind", ["none", "token", "channel"])
+def test_chunk_sizes_change_only_the_last_bits(kind):
+  q, k, v = tokens(100)
+  g = decay(kind, 100)
+  want = linear_attention(q, k, v, log_decay=g, chunk_size=1)
+  for chunk_size in (4, 32, 256):
+    got = linear_attention(q, k, v, log_decay=g, chunk_size=chunk_size)
+    kit.assert_close(f"chunk_size={chunk_size}", got, want)
+
+
+@pytest.mark.parametrize("feature_map", ["identity", "taylor", "cosformer", "favor"])
+def test_the_future_does_not_touch_the_past_and_runs_repeat_bitwise(feature_map):
+  q, k, v = tokens(50)
+  g = decay("token", 50)
+  run = jax.jit(
+    functools.partial(linear_attention, feature_map=feature_map, normalize=True, chunk_size=16)
+  )
+  out = run(q, k, v, log_decay=g)
+  kit.assert_same("again", run(q, k, v, log_decay=g), out)
+  q, k, v, g = (x.at[:, 21:].multiply(50.0) for x in (q, k, v, g))
+  kit.assert_same("past", run(q, k, v, log_decay=g)[:, :21], out[:, :21])
+
+
+@pytest.mark.parametrize("kind", ["none", "token", "channel"])
+def test_bfloat16_inputs_lose_only_their_own_rounding(kind):
+  q, k, v = (x.astype(jnp.bfloat16) for x in tokens(150))
+  g = decay(kind, 150)
+  out = linear_attention(q, k, v, log_decay=g)
+  assert out.dtype == jnp.bfloat16
+  q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+  want = recurrence_in_numpy(q32, k32, v32, g)[0]
+  kit.assert_close("out", out.astype(jnp.float32), want, "bfloat16")
+  wide = linear_attention(q, k, v.astype(jnp.float32), log_decay=g)
+  kit.assert_close("sums are float32", wide, want)
+
+
+def test_gradients_have_gradients():
+  q, k, v = tokens(20)
+  g = decay("channel", 20)
+
+  def sharpness(f, q, k, v, g):
+    def gradient(*args):
+      return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a[:3], log_decay=a[3]))), (0, 1, 2, 3))(*args)
+
+    return sum(jnp.sum(x**2) for x in gradient(q, k, v, g))
+
+  chunked = functools.partial(linear_attention, chunk_size=8)
+  got = jax.grad(functools.partial(sharpness, chunked), (0, 1, 2, 3))(q, k, v, g)
+  with kit.double():
+    args = kit.to_double((q, k, v, g))
+    want = jax.grad(functools.partial(sharpness, reference), (0, 1, 2, 3))(*args)
+  kit.assert_trees_close(got, want)
+
+
+def test_the_draw_of_a_feature_map_has_a_gradient():
+  q, k, v = tokens(20)
+  favor = feature_maps.favor(jax.random.key(0), H, 12)
+
+  def loss(f, favor, q, k, v):
+    return jnp.sum(jnp.sin(f(q, k, v, feature_map=favor, normalize=True)))
+
+  got = jax.grad(functools.partial(loss, functools.partial(linear_attention, chunk_size=8)))(
+    favor, q, k, v
+  )
+  with kit.double():
+    args = kit.to_double((favor, q, k, v))
+    want = jax.grad(functools.partial(loss, reference))(*args)
+  kit.assert_close("projection", got.projection, want.projection, factor=3)
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+  def extra(T):
+    shape = jax.ShapeDtypeStruct((1, T, 4, 32), jnp.float32)
+    g = jax.ShapeDtypeStruct((1, T, 4), jnp.float32)
+    f = jax.grad(lambda q, k, v, g: jnp.sum(linear_attention(q, k, v, log_decay=g)), (0, 1, 2, 3))
+    memory: Any = jax.jit(f).lower(shape, shape, shape, g).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  size = 4 * 4096 * 4 * 32
+  assert extra(4096) - extra(2048) < 2 * size  # twice the tokens: at most 4 more arrays like q
+
+
+def test_vmap_and_shard_map_change_nothing():
+  q, k, v = tokens(40)
+  g = decay("channel", 40)
+  favor = feature_maps.favor(jax.random.key(0), H, H)
+
+  def f(favor, q, k, v, g):
+    out = linear_attention(
+      q, k, v, log_decay=g, feature_map=favor, normalize=True, chunk_size=16
+    )  # fmt: skip
+    return out
+
+  def loss(f, *args):
+    return jnp.sum(jnp.sin(f(*args)))
+
+  every = (0, 1, 2, 3, 4)
+  want, gradients = jax.value_and_grad(functools.partial(loss, f), every)(favor, q, k, v, g)
+  rows = jax.vmap(lambda q, k, v, g: f(favor, q[None], k[None], v[None], g[None])[0])(q, k, v, g)
+  kit.assert_close("vmap", rows, f(favor, q, k, v, g))
+  mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  spec = jax.P("data", None, "heads")
+  sharded = jax.shard_map(f, mesh=mesh, in_specs=(jax.P(), spec, spec, spec, spec), out_specs=spec)
+  got, shards = jax.jit(jax.value_and_grad(functools.partial(loss, sharded), every))(
+    favor, q, k, v, g
+  )
+  kit.assert_close("shard_map", got, want)
+  kit.assert_trees_close(shards, gradients, factor=3)
+
+
+@pytest.mark.parametrize("feature_map", ["identity", "elu_plus_one", "cosformer", "taylor"])
+def test_ragged_prefill_and_steps_equal_the_parallel_form(feature_map):
+  T, lengths = 24, jnp.array([0, 17], jnp.int32)
+  options = {"feature_map": feature_map, "normalize": feature_map != "identity"}
+  q, k, v = tokens(T)
+  g = decay("token", T) if feature_map != "taylor" else None
+  want = linear.attend(q, k, v, log_decay=g, **options)
+  sizes = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "value_dim": h, "max_length": T}
+  state = linear.init_state(B, dtype=jnp.bfloat16, **sizes, **options)
+  cost = linear.cost(B, T, T, N, K, H, h, **options)
+  assert cost.state_bytes == state.kv.nbytes + state.z.nbytes
+  start = state
+  state, out = linear.prefill(state, q, k, v, lengths=lengths, log_decay=g, **options)
+  kit.assert_close("prefill", out[1, :17], want[1, :17])
+  assert not np.any(np.asarray(out[0])) and not np.any(np.asarray(out[1, 17:]))
+  jax.tree.map(lambda a, b: kit.assert_same("empty row", a[0], b[0]), state, start)
+  step = jax.jit(functools.partial(linear.step, **options))
+  rows = jnp.arange(B)
+  for i in range(7):
+    at = lengths + i
+    one = [x[rows, at] for x in (q, k, v)]
+    state, out = step(state, *one, log_decay=None if g is None else g[rows, at])
+    kit.assert_close(f"step {i}", out, want[rows, at], factor=2)
+  np.testing.assert_array_equal(np.asarray(state.position), [7, 24])
+
+
+def test_padding_touches_neither_state_nor_gradient():
+  q, k, v = tokens(40)
+  g = decay("head", 40)
+  ids = documents(40)
+  run = functools.partial(linear_attention, return_state=True, chunk_size=16, log_decay=g)
+  out, end = run(q, k, v, lengths=jnp.array([11, 33]), segment_ids=ids)
+  for row, n in enumerate((11, 33)):
+    want, last = run(q[:, :n], k[:, :n], v[:, :n], segment_ids=ids[:, :n])
+    kit.assert_close("out", out[row, :n], want[row])
+    kit.assert_close("kv", end.kv[row], last.kv[row])
+
+
+def test_wrong_calls_say_what_is_wrong():
+  q, k, v = tokens(8)
+  state = some_state()
+  calls = [
+    ({"chunk_size": 48}, "chunk_size must be a power of two, got 48"),
+    ({"log_decay": jnp.zeros((B, 8))}, r"log_decay must be of shape \(4,\) or .* got \(2, 8\)"),
+    ({"segment_ids": jnp.zeros((B, 9), int)}, r"segment_ids must be .*\(2, 8\), got \(2, 9\)"),
+    ({"bidirectional": True, "return_state": True}, "bidirectional=True .* return_state=True"),
+    ({"reverse": True, "lengths": jnp.ones((B,), int)}, "lengths pads the end"),
+    (
+      {"initial_state": state, "feature_map": "taylor"},
+      r"initial_state.kv .*45.* got \(2, 4, 8, 5\)",
+    ),
+    ({"feature_map": "elu"}, "feature_map must be one of .* got 'elu'"),
+    ({"implementation": "chunky"}, "did you mean 'chunked'"),
+  ]
+  for options, message in calls:
+    with pytest.raises(ValueError, match=message):
+      linear_attention(q, k, v, **options)
+  with pytest.raises(ValueError, match="N=3 and K=2"):
+    linear_attention(q[:, :, :3], k, v)
+  with pytest.raises(ValueError, match=r"k must be \[B=2 T=8 K H=8\]"):
+    linear_attention(q, k[:, :7], v)
+  with pytest.raises(ValueError, match="v must have"):
+    linear_attention(q, k, v[:, :, :1])
+  with pytest.raises(TypeError, match="custom_vjp"):
+    jax.jvp(lambda q: linear_attention(q, k, v), (q,), (q,))
+
+
+def test_a_named_implementation_runs():
+  q, k, v = tokens(8)
+  got = linear_attention(q, k, v, implementation="reference")
+  kit.assert_same("reference", got, reference(q, k, v))

@@ -1,0 +1,39 @@
+"""The parts of the scan over chunks; what they make together is asked in ops/test_linear.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention import chunk_scan
+
+
+def test_divide_by_nothing_is_nothing_with_no_gradient():
+  x, weight = jnp.array([3.0, 5.0]), jnp.array([2.0, 0.0])
+  np.testing.assert_array_equal(chunk_scan.divide(x, weight), [1.5, 0.0])
+  dx, dw = jax.grad(lambda *a: chunk_scan.divide(*a).sum(), argnums=(0, 1))(x, weight)
+  np.testing.assert_array_equal(dx, [0.5, 0.0])
+  np.testing.assert_array_equal(dw, [-0.75, 0.0])
+
+
+def test_cut_pads_the_last_chunk():
+  x = jnp.arange(10.0).reshape(2, 5)
+  pieces = chunk_scan.cut(x, 4)
+  np.testing.assert_array_equal(pieces[1], [[4, 0, 0, 0], [9, 0, 0, 0]])
+  np.testing.assert_array_equal(chunk_scan.cut(x, 4, "edge")[1, 1], [9, 9, 9, 9])
+
+
+def test_full_decay_of_each_form():
+  shape = (2, 3, 4)
+  per_head = chunk_scan.full_decay(jnp.arange(4.0), shape)
+  assert per_head.shape == (2, 3, 4, 1) and per_head[1, 2, 3, 0] == 3
+  assert chunk_scan.full_decay(jnp.zeros(shape), shape).shape == (2, 3, 4, 1)
+  assert chunk_scan.full_decay(jnp.zeros((*shape, 5)), shape).shape == (2, 3, 4, 5)
+  assert chunk_scan.full_decay(None, shape) is None
+
+
+def test_padding_begins_no_document():
+  ids, lengths = jnp.array([[0, 0, 1, 7, 7]], jnp.int32), jnp.array([3], jnp.int32)
+  marks = chunk_scan.make_marks((1, 5), 4, None, lengths, ids)
+  np.testing.assert_array_equal(marks.runs[:, 0], [[0, 0, 1, 1], [1, 1, 1, 1]])
+  np.testing.assert_array_equal(marks.before[:, 0], [0, 1])
+  np.testing.assert_array_equal(marks.keep[:, 0], [[1, 1, 1, 0], [0, 0, 0, 0]])

@@ -1,0 +1,155 @@
+"""Feature maps against the kernels that they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kit
+from attention import feature_maps
+from attention.feature_maps import FeatureMap, favor
+
+NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "favor")
+
+
+def vectors(seed, T=6, N=2, H=8):
+  return jax.random.normal(jax.random.key(seed), (2, T, N, H))
+
+
+def scores(phi, q, k):
+  """phi(q_i) . phi(k_j) for every pair, in float64 from there on."""
+  q, k = phi(q, is_query=True), phi(k, is_query=False)
+  return np.einsum("btnm,bsnm->bnts", np.asarray(q, np.float64), np.asarray(k, np.float64))
+
+
+def products(q, k):
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  return np.einsum("btnh,bsnh->bnts", q, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_pytree_whose_width_is_as_told_and_whose_tokens_are_alone(name):
+  phi = feature_maps.get(name, 8)
+  x = vectors(0)
+  assert isinstance(phi, FeatureMap)
+  assert feature_maps.get(phi, 8) is phi
+  for is_query in (True, False):
+    run = jax.jit(lambda phi, x, is_query=is_query: phi(x, is_query=is_query))
+    features = run(phi, x)
+    assert features.shape == (*x.shape[:3], phi.num_features(8))
+    later = run(phi, x.at[:, 3:].multiply(100.0))
+    kit.assert_same("earlier tokens", later[:, :3], features[:, :3])
+
+
+def test_a_function_becomes_a_feature_map_and_a_wrong_name_is_told():
+  phi = feature_maps.get(lambda x: jnp.concatenate([x, -x], axis=-1), 8)
+  assert phi.num_features(8) == 16 and phi(vectors(0), is_query=False).shape[-1] == 16
+  assert feature_maps.get(None, 8) is feature_maps.identity
+  with pytest.raises(ValueError, match="elu_plus_one.* got 'elu'"):
+    feature_maps.get("elu", 8)
+
+
+def test_elu_plus_one_is_positive_and_smooth_everywhere():
+  def f(x):
+    return feature_maps.elu_plus_one(x, is_query=True)
+
+  x = jnp.array([-80.0, -20.0, -1.0, 0.0, 1e-6, 2.0, 1e4])
+  want = np.where(
+    np.asarray(x) > 0,
+    np.asarray(x, np.float64) + 1,
+    np.exp(np.minimum(np.asarray(x, np.float64), 0)),
+  )
+  np.testing.assert_allclose(np.asarray(f(x)), want, rtol=1e-6)
+  assert np.all(np.asarray(f(x)) > 0)
+  slope = np.where(np.asarray(x) > 0, 1.0, want)
+  np.testing.assert_allclose(np.asarray(jax.vmap(jax.grad(f))(x)), slope, rtol=1e-6)
+
+
+def test_taylor_is_the_series_to_second_order():
+  q, k = vectors(0), vectors(1)
+  s = products(q, k) / np.sqrt(8)
+  kit.assert_close("taylor", scores(feature_maps.taylor, q, k), 1 + s + s**2 / 2)
+  assert feature_maps.taylor.num_features(16) == 153
+
+
+def test_cosformer_is_its_kernel_at_any_length_and_offset():
+  phi = feature_maps.cosformer(max_length=20)
+  q, k = vectors(0), vectors(1)
+  near = np.cos(np.pi * (np.arange(6)[:, None] - np.arange(6)) / 40)
+  want = products(np.maximum(q, 0), np.maximum(k, 0)) * near
+  kit.assert_close("cosformer", scores(phi, q, k), want)
+  kit.assert_close("prefix", scores(phi, q[:, :4], k[:, :4]), want[..., :4, :4])
+  at = jnp.arange(9, 15)[None].repeat(2, axis=0)
+  moved = [phi(x, positions=at, is_query=i == 0) for i, x in enumerate((q, k))]
+  kit.assert_close("moved", products(*moved), want)
+  with pytest.raises(
+    ValueError, match="max_length must be at least the sequence length, got 5 < 6"
+  ):
+    feature_maps.cosformer(5)(q, is_query=True)
+  with pytest.raises(ValueError, match="got 0"):
+    feature_maps.cosformer(0)
+
+
+def draws(orthogonal, count=4000, M=8):
+  """Estimates of exp(q . k / sqrt(H)) by many draws, [draws pairs], and the truth."""
+  # Short vectors: the error of long ones is all in rare draws, and its mean says nothing.
+  q, k = vectors(0, T=3, N=1) / 4, vectors(1, T=3, N=1) / 4
+
+  def one(key):
+    phi = favor(key, 8, M, orthogonal=orthogonal, rescale_queries=False)
+    features = phi(q, is_query=True), phi(k, is_query=False)
+    return jnp.einsum("btnm,bsnm->bnts", *features, precision="highest").ravel()
+
+  estimates = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(2), count))
+  return np.asarray(estimates, np.float64), np.exp(products(q, k) / np.sqrt(8)).ravel()
+
+
+def test_favor_is_unbiased_and_orthogonal_draws_err_less():
+  errors = {}
+  for orthogonal in (True, False):
+    estimates, truth = draws(orthogonal)
+    spread = estimates.std(axis=0) / np.sqrt(len(estimates))
+    assert np.all(np.abs(estimates.mean(axis=0) - truth) < 4.5 * spread), orthogonal
+    assert np.all(spread < 0.02 * truth)  # narrow enough for a bias to show
+    errors[orthogonal] = np.mean((estimates / truth - 1) ** 2, axis=1)
+  gain = errors[False].mean() - errors[True].mean()
+  noise = np.sqrt(sum(x.var() / len(x) for x in errors.values()))
+  assert gain > 2 * noise, (gain, noise)
+
+
+def test_favor_directions_are_orthogonal_with_the_lengths_of_gaussians():
+  w = np.asarray(favor(jax.random.key(0), 16, 16 * 200).projection, np.float64)
+  lengths = np.linalg.norm(w, axis=-1)
+  unit = (w / lengths[:, None]).reshape(200, 16, 16)
+  np.testing.assert_allclose(
+    unit @ unit.swapaxes(1, 2), np.broadcast_to(np.eye(16), unit.shape), atol=1e-5
+  )
+  assert abs((lengths**2).mean() - 16) < 0.5 and abs((lengths**2).var() - 32) < 5
+  assert favor(jax.random.key(0), 16, 21).projection.shape == (21, 16)
+
+
+@pytest.mark.parametrize("H", [16, 512])
+def test_favor_is_finite_for_the_worst_vectors(H):
+  phi = favor(jax.random.key(0), H, 8)
+  worst = phi.projection * H**0.25  # w . x - |x|^2 / 2 is largest at x = w
+  x = jnp.concatenate([worst, 100 * worst, jnp.zeros((1, H))])[None, :, None]
+  for is_query in (True, False):
+    features = np.asarray(phi(x, is_query=is_query))
+    assert np.isfinite(features).all() and features.max() < 1e30
+  assert np.all(np.asarray(phi(x, is_query=True)).max(axis=-1) > 0.3)
+
+
+def test_rescaled_queries_leave_normalized_weights_alone():
+  q, k = vectors(0), vectors(1)
+  weights = []
+  for rescale in (True, False):
+    score = scores(favor(jax.random.key(3), 8, 32, rescale_queries=rescale), q, k)
+    weights.append(score / score.sum(-1, keepdims=True))
+  kit.assert_close("weights", weights[0], weights[1])
+
+
+def test_wrong_draws_are_told():
+  with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
+    favor(jax.random.key(0), 8, 0)
+  with pytest.raises(ValueError, match="head_dim=16, got vectors of width 8"):
+    favor(jax.random.key(0), 16, 4)(vectors(0), is_query=True)
