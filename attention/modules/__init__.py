@@ -1,0 +1,1 @@
+"""Flax NNX modules around the ops: projections, mixers, blocks and a decoder."""

@@ -1,0 +1,242 @@
+"""The same questions to every mechanism. A new entry of VARIANTS answers them without a line
+here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kit
+from attention.variants import VARIANTS, make_decoder, make_layer, parse, table
+
+SPECS = (*VARIANTS, "softmax:window=9:logit_cap=2.0", "linear:feature_map=relu:normalize=false")
+LAYERS = {spec: parse(spec)[0] for spec in SPECS}
+each = pytest.mark.parametrize("spec", SPECS)
+
+
+def _inputs(spec, case, seed=0):
+  """(q, k, v, what the mechanism reads besides)."""
+  extra = LAYERS[spec].variant.example_inputs(jax.random.key(seed + 9), *case[:2], *case[3:7])
+  return *case.inputs(seed), extra
+
+
+def _attend(spec, *, oracle=False):
+  layer = LAYERS[spec]
+  function = layer.variant.reference if oracle else layer.variant.attend
+  return functools.partial(function, **layer.options)
+
+
+def _slice(tree, index):
+  """The same tokens of every array `B T ...`."""
+  return jax.tree.map(lambda x: x[:, index], tree)
+
+
+@each
+@pytest.mark.parametrize("T", [1, 7, 63, 200])
+def test_forward_and_gradients_equal_the_reference(spec, T):
+  case = kit.Case(T=T, S=T, N=4, K=2, H=8, h=12)
+  q, k, v, extra = _inputs(spec, case)
+  weights = jax.random.normal(jax.random.key(3), (case.B, T, case.N, case.h))
+
+  def loss(attend, q, k, v, extra):
+    out = attend(q, k, v, **extra)
+    return (out * weights.astype(out.dtype)).sum(), out
+
+  def run(oracle):
+    f = jax.value_and_grad(
+      functools.partial(loss, _attend(spec, oracle=oracle)), (0, 1, 2, 3), has_aux=True
+    )
+    return jax.jit(f)
+
+  (_, out), (dq, dk, dv, d_extra) = run(False)(q, k, v, extra)
+  with kit.double():
+    (_, *expected), gradients = run(True)(*kit.to_double((q, k, v, extra)))
+  kit.assert_close("out", out, expected[0])
+  for name, actual, wanted in zip(("dq", "dk", "dv"), (dq, dk, dv), gradients, strict=False):
+    kit.assert_close(name, actual, wanted, factor=5, least=0.1)  # one token's dq cancels to 0
+  kit.assert_trees_close(d_extra, jax.tree.map(np.asarray, gradients[3]), factor=20, least=0.1)
+
+
+@each
+def test_bfloat16(spec):
+  case = kit.Case(T=65, S=65, H=16, h=16)
+  q, k, v, extra = _inputs(spec, case)
+  q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+  out = _attend(spec)(q, k, v, **extra)
+  assert out.dtype == jnp.bfloat16
+  with kit.double():
+    expected = _attend(spec, oracle=True)(*kit.to_double((q, k, v)), **kit.to_double(extra))
+  kit.assert_close("out", out, expected, "bfloat16")
+
+
+@each
+def test_the_future_changes_nothing_before_it(spec):
+  q, k, v, extra = _inputs(spec, kit.Case(T=150, S=150))
+  other = _inputs(spec, kit.Case(T=150, S=150), seed=1)
+  attend = jax.jit(_attend(spec))
+  for t in (1, 64, 131):
+    join = lambda a, b, t=t: jnp.concatenate([a[:, :t], b[:, t:] * 3], 1)
+    *qkv, changed = jax.tree.map(join, (q, k, v, extra), other)
+    kit.assert_same(f"before {t}", attend(*qkv, **changed)[:, :t], attend(q, k, v, **extra)[:, :t])
+
+
+@each
+def test_prefill_and_steps_equal_the_parallel_form(spec):
+  """Ragged rows: row 0 is read to 20, row 1 to 11; then both go on, token by token."""
+  case = kit.Case(T=40, S=40)
+  q, k, v, extra = _inputs(spec, case)
+  layer = LAYERS[spec]
+  expected = layer.attend(q, k, v, **extra)
+  state = layer.init_state(
+    2,
+    num_heads=case.N,
+    num_kv_heads=case.K,
+    head_dim=case.H,
+    value_dim=case.h,
+    max_length=40,
+    dtype=jnp.float32,
+  )
+  lengths = np.array([20, 11])
+  first = _slice((q, k, v, extra), slice(0, 20))
+  state, out = jax.jit(lambda s, q, k, v, n, e: layer.prefill(s, q, k, v, lengths=n, **e))(
+    state, *first[:3], jnp.asarray(lengths, jnp.int32), first[3]
+  )
+  for b in range(2):
+    kit.assert_close(f"prefill of row {b}", out[b, : lengths[b]], expected[b, : lengths[b]])
+  step = jax.jit(lambda s, q, k, v, e: layer.step(s, q, k, v, **e))
+  for i in range(19):
+    at = (np.arange(2), lengths + i)
+    token = jax.tree.map(lambda x, at=at: x[at], (q, k, v, extra))
+    state, out = step(state, *token)
+    kit.assert_close(f"step {i}", out, expected[at])
+
+
+@each
+def test_packed_documents_equal_the_documents_alone(spec):
+  """At boundaries that no chunk or block is aligned to."""
+  case = kit.Case(B=1, T=150, S=150)
+  q, k, v, extra = _inputs(spec, case)
+  cuts = [0, 3, 67, 128, 149, 150]
+  ids = np.zeros((1, 150), np.int32)
+  for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    ids[:, a:b] = i
+  attend = _attend(spec)
+  packed = attend(q, k, v, segment_ids=jnp.asarray(ids), **extra)
+  for a, b in zip(cuts, cuts[1:], strict=False):
+    alone = _slice((q, k, v, extra), slice(a, b))
+    kit.assert_close(f"document {a}:{b}", packed[:, a:b], attend(*alone[:3], **alone[3]))
+
+
+@each
+def test_repeated_and_zero_keys_and_large_values(spec):
+  case = kit.Case(T=70, S=70)
+  q, k, v, extra = _inputs(spec, case)
+  for name, changed in {
+    "repeated": (q, jnp.broadcast_to(k[:, :1], k.shape), v),
+    "zero": (q, k * 0, v),
+    "large values": (q, k, v * 1e6),
+    "large queries": (q * 30, k, v),
+  }.items():
+    out = _attend(spec)(*changed, **extra)
+    with kit.double():
+      expected = _attend(spec, oracle=True)(*kit.to_double(changed), **kit.to_double(extra))
+    kit.assert_close(name, out, expected, factor=5)
+
+
+@each
+def test_not_causal_sees_all(spec):
+  q, k, v, extra = _inputs(spec, kit.Case(T=21, S=21))
+  attend = _attend(spec)
+  changed = attend(q, k, v.at[:, 20].add(5.0), is_causal=False, **extra)
+  out = attend(q, k, v, is_causal=False, **extra)
+  assert (np.abs(np.asarray(changed - out)).max((0, 2, 3))[12:] > 0).all()
+  with kit.double():
+    oracle = _attend(spec, oracle=True)(
+      *kit.to_double((q, k, v)), is_causal=False, **kit.to_double(extra)
+    )
+  kit.assert_close("out", out, oracle)
+
+
+@each
+def test_vmap_and_shard_map_and_two_runs(spec):
+  """Heads on two devices and rows on four: equal to one device."""
+  q, k, v, extra = _inputs(spec, kit.Case(B=4, T=40, S=40))
+  attend = jax.jit(lambda q, k, v, extra: _attend(spec)(q, k, v, **extra))
+  out = attend(q, k, v, extra)
+  kit.assert_same("again", attend(q, k, v, extra), out)
+  mapped = jax.vmap(lambda *x: attend(*jax.tree.map(lambda y: y[None], x))[0])(q, k, v, extra)
+  kit.assert_close("vmap", mapped, out)
+  mesh = jax.make_mesh((4, 2), ("rows", "heads"))
+  where = P("rows", None, "heads")
+  sharded = jax.shard_map(
+    attend, mesh=mesh, in_specs=(where,) * 4, out_specs=where, check_vma=False
+  )
+  put = functools.partial(jax.device_put, device=jax.NamedSharding(mesh, where))
+  kit.assert_close("shard_map", jax.jit(sharded)(*jax.tree.map(put, (q, k, v, extra))), out)
+
+
+@each
+def test_bad_input_says_why(spec):
+  q, k, v, extra = _inputs(spec, kit.Case(T=6, S=6))
+  with pytest.raises(ValueError, match="8.*7|7.*8"):
+    _attend(spec)(q, k[..., :7], v, **extra)
+  with pytest.raises(ValueError, match="4.*3|3.*4"):
+    _attend(spec)(q, *(jnp.concatenate([x, x[:, :, :1]], 2) for x in (k, v)), **extra)
+
+
+@each
+def test_cost_is_positive_and_the_state_is_its_size(spec):
+  """`cost` says what decoding keeps; the state itself may only add counters."""
+  layer, case = LAYERS[spec], kit.Case(T=64, S=64)
+  cost = layer.cost(case.B, case.T, case.S, case.N, case.K, case.H, case.h)
+  assert cost.flops > 0 and cost.bytes > 0
+  state = layer.init_state(
+    case.B,
+    num_heads=case.N,
+    num_kv_heads=case.K,
+    head_dim=case.H,
+    value_dim=case.h,
+    max_length=64,
+    dtype=jnp.float32,
+  )
+  kept = sum(x.nbytes for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
+  assert kept == cost.state_bytes
+
+
+def test_specs_and_their_misspellings():
+  layers = parse("linear, softmax:window=128:logit_cap=30.0 ,gated_linear")
+  assert [layer.name for layer in layers] == ["linear", "softmax", "gated_linear"]
+  assert layers[1].options == {"window": 128, "logit_cap": 30.0}
+  assert parse("softmax")[0] == make_layer("softmax")
+  for spec, message in {
+    "sofmax": "did you mean 'softmax'",
+    "softmax:windw=3": "did you mean 'window'",
+    "softmax:window": "option=value",
+    "softmax:window=a": "window='a' must be a number",
+    "linear:normalize=maybe": "must be true or false",
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      parse(spec)
+
+
+def test_table_has_a_row_for_each():
+  assert [row.name for row in table()] == list(VARIANTS)
+  assert all("](http" in row.source for row in table())
+
+
+def test_make_decoder_repeats_the_pattern():
+  from flax import nnx
+
+  from attention.modules.config import DecoderConfig
+
+  config = DecoderConfig(
+    vocab_size=8, num_layers=5, width=16, num_heads=2, pattern="linear,softmax:window=4"
+  )
+  model = make_decoder(config, rngs=nnx.Rngs(0))
+  assert [block.mixer.mechanism.name for block in model.blocks] == ["linear", "softmax"] * 2 + [
+    "linear"
+  ]
