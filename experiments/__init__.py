@@ -1,0 +1,1 @@
+"""Everything that runs: data, training, evaluation, generation, benchmarks and reports."""
