@@ -56,7 +56,7 @@ from attention.dispatch import Implementation, choose
 from attention.feature_maps import FeatureMap
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 64
 
 
 class Call(NamedTuple):

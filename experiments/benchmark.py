@@ -1,0 +1,290 @@
+"""Measures time and memory of every mechanism and of its peers, against recorded targets.
+
+    python -m experiments.benchmark --suite=cpu --check
+
+Contenders of one length are timed by turns, so that they meet the same machine, and judged by
+medians. Each first gives its answer to a short input; a wrong one is refused. Peers are optional:
+tokamax by `pip install 'frugal-attention[peers]'`, PyTorch in this Python or in the one that
+--torch_python names. Results and their picture go to experiments/results.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import flags
+from experiments.benchmarks import contenders, memory, picture, resident, targets, timing
+from experiments.benchmarks.contenders import BOTH, FORWARD, STEP, Torch
+from experiments.benchmarks.suites import SUITES, Suite
+from experiments.flags import UserError, knob
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+# Largest error, as a share of the largest true value, of an answer that counts as right.
+TOLERANCE = 1e-3
+# Seconds after which the idle threads of another library sleep.
+SETTLE = 0.05
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+  """The command line."""
+
+  suite: str = knob("cpu", f"What is measured: {', '.join(SUITES)}.")
+  check: bool = knob(False, "Exit 1, naming each target that is missed or was not measured.")
+  out: str = knob("", "Results, JSON, with a picture beside them; empty is experiments/results.")
+  torch_python: str = knob("", "A Python that has PyTorch, if this one does not.")
+  measure: bool = knob(True, "False judges and draws what --out holds.")
+
+
+def say(text: str) -> None:
+  """Progress, for whoever waits."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def measure(name: str, torch_python: str = "") -> dict[str, Any]:
+  """Runs a suite: the rows of time and memory, who was absent, and where it ran."""
+  suite, start = SUITES[name], time.time()
+  rows: list[dict[str, Any]] = []
+  errors: dict[str, float] = {}
+  with Torch(torch_python) as torch:
+    absent = _absent(suite, torch)
+    present = [who for who in contenders.names(suite) if who not in absent]
+    for T in sorted({T for who in present for T in contenders.lengths(suite, who)}):
+      group = [who for who in present if T in contenders.lengths(suite, who)]
+      errors |= _refuse_the_wrong(suite, [who for who in group if who not in errors], T, torch)
+      rows += _time_length(suite, group, T, torch)
+      say(f"T={T}: timed {len(group)} contenders, {time.time() - start:.0f} s since the start")
+    rows += _time_steps(suite)
+    say(f"decoding steps: timed, {time.time() - start:.0f} s since the start")
+  return {
+    "suite": name,
+    "environment": _environment(suite, torch),
+    "shape": {"B": 1, "N": suite.heads, "K": suite.heads, "H": suite.head_dim, "h": suite.head_dim},
+    "absent": absent,
+    "errors": errors,
+    "times": rows,
+    "memory": _measure_memory(name, absent, torch_python),
+  }
+
+
+def _absent(suite: Suite, torch: Torch) -> dict[str, str]:
+  """Who cannot be measured here, and why."""
+  found = {name: contenders.absent(name) for name in suite.lengths}
+  found |= {"torch": torch.absent, "memory": resident.unsupported()}
+  absent = {name: why for name, why in found.items() if why}
+  for why in absent.values():
+    say(f"absent: {why}")
+  return absent
+
+
+def _refuse_the_wrong(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> dict[str, float]:
+  """Each contender's error at its shortest length."""
+  errors = {}
+  for name in group:
+    if name == "torch":
+      torch.load(suite, T)
+      errors[name] = torch.error(suite, T)
+    else:
+      errors[name] = contenders.error(contenders.make(name), suite, T)
+    if not errors[name] <= TOLERANCE:
+      raise RuntimeError(f"{name} is wrong at T={T}: its error is {errors[name]:.2g}, not timed")
+  return errors
+
+
+def _time_length(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> list[dict[str, Any]]:
+  """Rows of forward, and of forward and backward, at one length."""
+  if "torch" in group:
+    torch.load(suite, T)
+  arguments, rows = contenders.arguments(suite, T), []
+  for kind in (FORWARD, BOTH):
+    timers: dict[str, timing.Timer] = {}
+    for name in group:
+      if name == "torch":
+        timers[name] = _torch_timer(torch, kind)
+      else:
+        contender = contenders.make(name)
+        extra = contenders.inputs(contender, suite, T)
+        function = jax.jit(contenders.program(contender, kind))
+        timers[name] = timing.timer(function, [*arguments, extra])
+    rounds = suite.few_rounds if suite.long <= T else suite.rounds
+    settle = SETTLE if "torch" in group else 0.0
+    measured = timing.interleave(timers, rounds, settle=settle)
+    rows += [{"contender": who, "kind": kind, "T": T} | t.row() for who, t in measured.items()]
+  return rows
+
+
+def _torch_timer(torch: Torch, kind: str) -> timing.Timer:
+  return lambda repeats: torch.ask("time", kind=kind, repeats=repeats)["seconds"]
+
+
+def _time_steps(suite: Suite) -> list[dict[str, Any]]:
+  """Rows of one decoding step after T tokens; all of them take turns, to be compared across T."""
+  timers = {
+    (name, T): _step_timer(suite, name, T) for name, lengths in suite.steps.items() for T in lengths
+  }
+  measured = timing.interleave(timers, suite.rounds)
+  return [
+    {"contender": name, "kind": STEP, "T": T} | times.row() for (name, T), times in measured.items()
+  ]
+
+
+def _step_timer(suite: Suite, name: str, T: int) -> timing.Timer:
+  contender = contenders.make(name)
+  layer = contender.layer
+  assert layer is not None, f"{name} is ours: others have no decoding step here"
+  N, H = suite.heads, suite.head_dim
+  state = layer.init_state(
+    1, num_heads=N, num_kv_heads=N, head_dim=H, value_dim=H, max_length=T + 4096, dtype=jnp.float32
+  )
+  extra = contenders.inputs(contender, suite, T)
+  state, _ = jax.jit(layer.prefill)(state, *contenders.arguments(suite, T)[:3], **extra)
+  token = [x[:, 0] for x in contenders.arguments(suite, 1)[:3]]
+  extra = {name: x[:, 0] for name, x in contenders.inputs(contender, suite, 1).items()}
+  step = lambda state, q, k, v: layer.step(state, q, k, v, **extra)
+  return timing.state_timer(jax.jit(step, donate_argnums=0), state, token)
+
+
+def _measure_memory(
+  name: str, absent: Mapping[str, str], torch_python: str
+) -> list[dict[str, Any]]:
+  """Rows of peak memory, each from a fresh process."""
+  suite, rows = SUITES[name], []
+  for who, lengths in suite.memory.items():
+    if who in absent or "memory" in absent:
+      continue
+    for T in lengths:
+      for kind in (FORWARD, BOTH):
+        if who == "torch":
+          found = memory.measure_torch(torch_python, name, kind, T)
+        else:
+          found = memory.measure(name, who, kind, T)
+        qkvo = 4 * T * suite.heads * suite.head_dim * 4
+        rows.append({"contender": who, "kind": kind, "T": T, "qkvo": qkvo} | found)
+        say(f"memory: {who}, {kind}, T={T}: {found['growth'] / 2**20:.0f} MiB")
+  return rows
+
+
+def _environment(suite: Suite, torch: Torch) -> dict[str, Any]:
+  """Where and with what the numbers were made."""
+  versions = {"python": platform.python_version(), "torch": torch.versions.get("torch")}
+  for package in ("jax", "jaxlib", "flax", "numpy", "tokamax"):
+    versions[package] = _or_none(lambda package=package: importlib.metadata.version(package))
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "commit": _commit(),
+    "command": _command(),
+    "device": jax.devices()[0].device_kind,
+    "processor": _processor(),
+    "cores": resident.cores(),
+    "torch_threads": torch.versions.get("threads"),
+    "system": f"{platform.system()} {platform.machine()}",
+    "versions": versions,
+    "settle_seconds": SETTLE,
+    "rounds": {"most": suite.rounds, "from": suite.long, "then": suite.few_rounds},
+  }
+
+
+def _or_none(get: Callable[[], str]) -> str | None:
+  try:
+    return get()
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """The commit of the working tree, "+" if files differ from it; None outside of a repository."""
+  git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+  if shutil.which("git") is None:
+    return None
+  done = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True)
+  return done.stdout.strip() or None
+
+
+def _command() -> str:
+  """The command line; where other interpreters and results lie is this machine's business."""
+  shown = []
+  for argument in sys.argv[1:]:
+    name, equals, _ = argument.partition("=")
+    private = name.lstrip("-") in ("torch_python", "out") and equals
+    shown.append(f"{name}=PATH" if private else argument)
+  return shlex.join(["python", "-m", "experiments.benchmark", *shown])
+
+
+def _processor() -> str:
+  """The processor's model, as Linux tells it."""
+  path = pathlib.Path("/proc/cpuinfo")
+  lines = path.read_text().splitlines() if path.exists() else []
+  models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return models[0] if models else platform.processor()
+
+
+def _use_cores(count: int) -> None:
+  """Keeps this process and its children on so many cores; call it before jax starts threads."""
+  if count > resident.cores():
+    say(f"the suite is meant for {count} cores and this machine lets us use {resident.cores()}")
+  elif count < resident.cores() and count and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def times_table(results: Mapping[str, Any]) -> str:
+  """Median milliseconds, a line per contender and kind, a column per length."""
+  rows = {(r["contender"], r["kind"], r["T"]): r["median"] for r in results["times"]}
+  lengths = sorted({T for _, _, T in rows})
+  lines = [f"{'median ms':<40}" + "".join(f"{T:>10}" for T in lengths)]
+  for who, kind in dict.fromkeys((who, kind) for who, kind, _ in rows):
+    cells = (rows.get((who, kind, T)) for T in lengths)
+    texts = (f"{'' if cell is None else f'{1e3 * cell:.4g}':>10}" for cell in cells)
+    lines.append((f"{f'{who}, {kind}':<40}" + "".join(texts)).rstrip())
+  lines += [f"{what:<40}    absent: {why}" for what, why in results["absent"].items()]
+  return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Measures, writes, draws, prints; returns 1 when asked to check and a target is not met."""
+  options = flags.parse(argv, Options(), doc=__doc__ or "")
+  if options.suite not in SUITES:
+    raise UserError(flags.unknown("--suite", options.suite, SUITES))
+  path = pathlib.Path(options.out or RESULTS / f"{options.suite}.json")
+  if options.measure:
+    jax.config.update("jax_platforms", "cpu")
+    _use_cores(SUITES[options.suite].cores)
+    results = measure(options.suite, options.torch_python)
+  else:
+    results = _read(path, options.suite)
+  verdicts = [targets.judge(target, results) for target in targets.load(options.suite)]
+  results["targets"] = [verdict._asdict() for verdict in verdicts]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+  path.with_suffix(".png").write_bytes(picture.draw(results))
+  print(times_table(results), targets.table(verdicts), sep="\n\n")
+  unmet = [verdict for verdict in verdicts if verdict.verdict != "met"]
+  if options.check and unmet:
+    print("\nnot met: " + "; ".join(f"{v.what} ({v.verdict})" for v in unmet), file=sys.stderr)
+    return 1
+  return 0
+
+
+def _read(path: pathlib.Path, suite: str) -> dict[str, Any]:
+  with flags.blame_user():
+    results = json.loads(path.read_text(encoding="utf-8"))
+  if results.get("suite") != suite:
+    raise UserError(f"{path} holds the suite {results.get('suite')!r}, not {suite!r}")
+  return results
+
+
+if __name__ == "__main__":
+  flags.run_main(main)

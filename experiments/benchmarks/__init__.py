@@ -1,0 +1,11 @@
+"""The parts of `python -m experiments.benchmark`: what is timed, how, and what is asked of it.
+
+suites.py         suites as data: which contenders, at which lengths
+contenders.py     a contender's name -> the function that is measured, and its right answer
+timing.py         rounds in which every contender is timed once, in turn
+memory.py         the peak of a fresh process
+resident.py       the resident memory of this process; knows nothing of jax
+torch_worker.py   PyTorch in a process of its own, and of its own interpreter if need be
+targets.json      what the numbers must reach; targets.py judges
+picture.py        time and memory against length
+"""

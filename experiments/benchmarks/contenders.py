@@ -1,0 +1,196 @@
+"""Who is measured: a name -> a function of (q, k, v), its right answer, why it may be absent."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.variants import VARIANTS, Layer, parse
+from experiments.benchmarks import torch_worker
+from experiments.benchmarks.suites import Suite
+
+FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Ours, each as `--attention` would spell it.
+OURS: Final[Mapping[str, str]] = {
+  "tiled": "softmax:implementation=tiled",
+  "tiled, window 256": "softmax:window=256:implementation=tiled",
+  "linear": "linear:feature_map=identity:normalize=false:implementation=chunked",
+  "linear, elu+1": "linear:feature_map=elu_plus_one:normalize=true:implementation=chunked",
+}
+PEERS: Final = ("jax.nn", "tokamax", "torch")
+VARIANT: Final = "variant "  # "variant softmax" is that entry with its default options
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contender:
+  """A function of q, k, v [B T N H] and, by keyword, what else the mechanism reads."""
+
+  name: str
+  attend: Callable[..., jax.Array]
+  truth: Callable[..., jax.Array]
+  """The answer it must give: slow, sure, and of other code."""
+  layer: Layer | None = None
+  """The mechanism, if it is ours."""
+
+
+def names(suite: Suite) -> list[str]:
+  """Every contender whose time a suite takes, peers first."""
+  variants = [VARIANT + name for name in VARIANTS] if suite.every_variant else []
+  return [*suite.lengths, *variants]
+
+
+def lengths(suite: Suite, name: str) -> tuple[int, ...]:
+  """The lengths at which a contender is timed."""
+  return suite.every_variant if name.startswith(VARIANT) else suite.lengths[name]
+
+
+def absent(name: str) -> str | None:
+  """Why a contender that runs in this process cannot, or None."""
+  if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
+    return "tokamax is not installed (pip install 'frugal-attention[peers]')"
+  return None
+
+
+def make(name: str) -> Contender:
+  """The contender of this name; torch has none, it runs elsewhere."""
+  softmax = VARIANTS["softmax"].reference
+  if name == "jax.nn":
+    dense = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return Contender(name, dense, softmax)
+  if name == "tokamax":
+    library = importlib.import_module("tokamax")
+    chunked = lambda q, k, v: library.dot_product_attention(
+      q, k, v, is_causal=True, implementation="xla_chunked"
+    )
+    return Contender(name, chunked, softmax)
+  spec = name.removeprefix(VARIANT) if name.startswith(VARIANT) else OURS[name]
+  (layer,) = parse(spec)
+  reference = lambda *qkv, **inputs: layer.variant.reference(*qkv, **inputs, **layer.options)
+  return Contender(name, layer.attend, reference, layer)
+
+
+def arguments(suite: Suite, T: int, seed: int = 0) -> list[jax.Array]:
+  """q, k, v and the output's cotangent, standard normal, float32 [1 T N H]."""
+  shape = (1, T, suite.heads, suite.head_dim)
+  return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(seed), 4)]
+
+
+def inputs(contender: Contender, suite: Suite, T: int) -> dict[str, jax.Array]:
+  """What a mechanism of ours reads beside q, k and v."""
+  if contender.layer is None:
+    return {}
+  N, H = suite.heads, suite.head_dim
+  return contender.layer.variant.example_inputs(jax.random.key(1), 1, T, N, N, H, H)
+
+
+def program(contender: Contender, kind: str) -> Callable[..., Any]:
+  """(q, k, v, cotangent, inputs) -> the output and, if asked, every gradient; not yet jitted."""
+
+  def forward(q, k, v, cotangent, inputs):
+    del cotangent
+    return contender.attend(q, k, v, **inputs)
+
+  def both(q, k, v, cotangent, inputs):
+    attend = lambda q, k, v, inputs: contender.attend(q, k, v, **inputs)
+    out, pull = jax.vjp(attend, q, k, v, inputs)
+    return out, pull(cotangent)
+
+  return {FORWARD: forward, BOTH: both}[kind]
+
+
+def error(contender: Contender, suite: Suite, T: int) -> float:
+  """The largest difference from the truth, as a share of the largest true value."""
+  q, k, v, _ = arguments(suite, T)
+  extra = inputs(contender, suite, T)
+  got, want = (
+    jax.jit(contender.attend)(q, k, v, **extra),
+    jax.jit(contender.truth)(q, k, v, **extra),
+  )
+  return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+
+
+class Torch:
+  """The worker, and what is said to it. `absent` tells why there is none. To be used by `with`."""
+
+  def __init__(self, python: str = "") -> None:
+    self.absent: str | None = None
+    self.versions: dict[str, Any] = {}
+    self._open = contextlib.ExitStack()
+    if not python and importlib.util.find_spec("torch") is None:
+      self.absent = "torch is not installed (another Python that has it: --torch_python=PATH)"
+      return
+    command = [python or sys.executable, "-m", torch_worker.__name__]
+    # Ruff does not see that the exit stack closes it.
+    self._said = self._open.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+    pipe = subprocess.PIPE
+    # Another interpreter must not see the packages that were added to this one's path.
+    theirs = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = theirs if python else None
+    try:
+      self._process = self._open.enter_context(
+        subprocess.Popen(
+          command,
+          cwd=ROOT,
+          env=environment,
+          stdin=pipe,
+          stdout=pipe,
+          stderr=self._said,
+          text=True,
+        )
+      )
+      self.versions = self._reply()
+    except (OSError, RuntimeError, ValueError) as problem:
+      self._open.close()
+      self.absent = f"torch did not start: {problem}"
+
+  def __enter__(self) -> "Torch":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._open.close()
+
+  def ask(self, do: str, **request: Any) -> dict[str, Any]:
+    """One request and its reply."""
+    assert self._process.stdin is not None, "the worker has a pipe"
+    self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+    self._process.stdin.flush()
+    return self._reply()
+
+  def _reply(self) -> dict[str, Any]:
+    assert self._process.stdout is not None, "the worker has a pipe"
+    line = self._process.stdout.readline()
+    if not line:
+      self._said.seek(0)
+      said = self._said.read().strip().splitlines()
+      raise RuntimeError(said[-1] if said else "it ended without a word")
+    return json.loads(line)
+
+  def load(self, suite: Suite, T: int) -> None:
+    """Hands over the same numbers that the others read."""
+    with tempfile.TemporaryDirectory() as folder:
+      for name, array in zip(torch_worker.NAMES, arguments(suite, T), strict=True):
+        pathlib.Path(folder, name).write_bytes(np.asarray(array).tobytes())
+      self.ask("load", folder=folder, shape=[1, T, suite.heads, suite.head_dim])
+
+  def error(self, suite: Suite, T: int) -> float:
+    """As `error`, of what was loaded."""
+    q, k, v, _ = arguments(suite, T)
+    want = np.asarray(VARIANTS["softmax"].reference(q, k, v))
+    with tempfile.TemporaryDirectory() as folder:
+      self.ask("answer", folder=folder)
+      got = np.frombuffer(pathlib.Path(folder, "out").read_bytes(), np.float32)
+    return float(np.max(np.abs(got.reshape(want.shape) - want)) / np.max(np.abs(want)))

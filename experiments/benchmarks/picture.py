@@ -1,0 +1,109 @@
+"""Time and memory against length, on logarithmic scales: one page, drawn from the results alone."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+INK, MUTED, GRID = "#1d2430", "#697386", "#e6e9ee"
+# Peers are gray and dashed, told apart by their marks; ours are colored.
+STYLES: Final[Mapping[str, dict[str, Any]]] = {
+  "jax.nn": {"color": "#697386", "linestyle": "--", "marker": "s"},
+  "tokamax": {"color": "#8c7d5b", "linestyle": "--", "marker": "^"},
+  "torch": {"color": "#b0625a", "linestyle": "--", "marker": "D"},
+  "tiled": {"color": "#1f5fb4", "marker": "o"},
+  "tiled, window 256": {"color": "#6a9fd8", "marker": "o"},
+  "linear": {"color": "#20803f", "marker": "o"},
+  "linear, elu+1": {"color": "#7cb342", "marker": "o"},
+}
+PANELS: Final = (
+  ("times", "forward", "time, forward"),
+  ("times", "forward+backward", "time, forward and backward"),
+  ("memory", "forward", "memory added, forward"),
+  ("memory", "forward+backward", "memory added, forward and backward"),
+)
+
+
+def draw(results: Mapping[str, Any]) -> bytes:
+  """The page, as PNG bytes."""
+  figure = Figure(figsize=(11, 8.6), layout="constrained", facecolor="white")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(2, 2)
+  for panel, (table, kind, title) in zip(axes.flat, PANELS, strict=True):
+    _panel(panel, [row for row in results[table] if row["kind"] == kind], table, title)
+  handles = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
+  order = [name for name in (*STYLES, "q, k, v and the output") if name in handles]
+  figure.legend(
+    [handles[name] for name in order],
+    order,
+    loc="outside lower center",
+    ncols=min(4, max(1, len(order))),
+    frameon=False,
+    labelcolor=INK,
+  )
+  figure.suptitle(_title(results), color=INK, fontsize=10)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+  return buffer.getvalue()
+
+
+def _title(results: Mapping[str, Any]) -> str:
+  shape, where = results["shape"], results["environment"]
+  return (
+    f"Causal attention, B={shape['B']}, N={shape['N']}, H={shape['H']}, float32, "
+    f"{where['cores']} cores of {where['processor']}, jax {where['versions']['jax']}, "
+    f"{where['date'][:10]}"
+  )
+
+
+def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], table: str, title: str) -> None:
+  for name, style in STYLES.items():
+    points = [(r["T"], _value(r, table)) for r in rows if r["contender"] == name]
+    if points:
+      lengths, values = zip(*sorted(points), strict=True)
+      axes.plot(lengths, values, label=name, linewidth=1.8, markersize=4.5, **style)
+  if table == "memory" and rows:
+    sizes = sorted({(row["T"], row["qkvo"]) for row in rows})
+    xs, ys = zip(*sizes, strict=True)
+    axes.plot(xs, ys, label="q, k, v and the output", color=MUTED, linestyle=":", linewidth=1.2)
+  axes.set_xscale("log", base=2)
+  axes.set_yscale("log")
+  axes.set_title(title, loc="left", color=INK, fontsize=11)
+  axes.set_xlabel("T, tokens", color=MUTED)
+  axes.xaxis.set_major_formatter(FuncFormatter(_length))
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.yaxis.set_major_formatter(FuncFormatter(_bytes if table == "memory" else _seconds))
+  axes.tick_params(colors=MUTED)
+  axes.grid(color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  for side in ("left", "bottom"):
+    axes.spines[side].set_color(GRID)
+
+
+def _value(row: Mapping[str, Any], table: str) -> float:
+  # A logarithm has no 0: memory that did not grow is drawn as one page.
+  return max(row["growth"], 4096) if table == "memory" else row["median"]
+
+
+def _length(T: float, _: Any) -> str:
+  return f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"
+
+
+def _seconds(value: float, _: Any) -> str:
+  for factor, unit in ((1, "s"), (1e-3, "ms")):
+    if value >= factor:
+      return f"{value / factor:g} {unit}"
+  return f"{value * 1e6:g} µs"
+
+
+def _bytes(value: float, _: Any) -> str:
+  for factor, unit in ((1e9, "GB"), (1e6, "MB")):
+    if value >= factor:
+      return f"{value / factor:g} {unit}"
+  return f"{value / 1e3:g} kB"

@@ -1,0 +1,81 @@
+"""Timing by turns: each contender once a round, so that what the machine does meets them all."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+# A timer runs its contender so many times and returns the seconds per run.
+Timer = Callable[[int], float]
+
+
+class Times(NamedTuple):
+  """Seconds per run, one number a round; each is the mean of `repeats` runs in a row."""
+
+  seconds: list[float]
+  repeats: int
+
+  def row(self) -> dict[str, Any]:
+    """What the results keep."""
+    return {
+      "median": statistics.median(self.seconds),
+      "min": min(self.seconds),
+      "rounds": len(self.seconds),
+      "repeats": self.repeats,
+      "seconds": self.seconds,
+    }
+
+
+def timer(function: Callable[..., Any], arguments: Sequence[Any]) -> Timer:
+  """Times a jitted function, waiting for each result before the next run."""
+
+  def run(repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+      jax.block_until_ready(function(*arguments))
+    return (time.perf_counter() - start) / repeats
+
+  return run
+
+
+def state_timer(step: Callable[..., tuple[Any, Any]], state: Any, token: Sequence[Any]) -> Timer:
+  """Times a jitted step that hands its state on; it may donate it."""
+  held = [state]
+
+  def run(repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+      held[0], out = step(held[0], *token)
+      jax.block_until_ready((held[0], out))
+    return (time.perf_counter() - start) / repeats
+
+  return run
+
+
+def interleave[Name](
+  timers: Mapping[Name, Timer],
+  rounds: int,
+  *,
+  least: float = 0.02,
+  most_repeats: int = 200,
+  settle: float = 0.0,
+) -> dict[Name, Times]:
+  """Warms each timer up, then times all of them once per round, every other round in reverse.
+
+  Args: timers: what to run; the first run of each may compile. rounds: times that each is measured.
+    least: seconds that one measurement should last; short runs are repeated within it.
+    most_repeats: bound of those repetitions. settle: seconds of rest before each measurement, so
+    that another's idle threads have gone to sleep.
+  """
+  repeats = {}
+  for name, run in timers.items():
+    run(1)
+    repeats[name] = max(1, min(most_repeats, round(least / max(run(1), 1e-9))))
+  seconds: dict[Name, list[float]] = {name: [] for name in timers}
+  for index in range(rounds):
+    for name in list(timers)[:: -1 if index % 2 else 1]:
+      time.sleep(settle)
+      seconds[name].append(timers[name](repeats[name]))
+  return {name: Times(seconds[name], repeats[name]) for name in timers}
