@@ -1,0 +1,87 @@
+"""Notebooks run from top to bottom in a fresh kernel, and what they print is true."""
+
+import os
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path):
+  notebook = nbformat.read(path, as_version=4)
+  assert isinstance(notebook, nbformat.NotebookNode)
+  return notebook
+
+
+def printed(notebook):
+  """Everything that the cells wrote or evaluated to, as text."""
+  parts = []
+  for cell in notebook.cells:
+    for output in cell.get("outputs", []):
+      parts.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+  return "\n".join(parts)
+
+
+def outputs(notebook):
+  return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_kept_without_outputs(path):
+  notebook = read(path)
+  nbformat.validate(notebook)
+  assert not outputs(notebook)
+  assert all(cell.get("execution_count") is None for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_begins_with_how_to_install_and_does_nothing_where_it_is(path):
+  first = next(cell for cell in read(path).cells if cell.cell_type == "code")
+  assert "pip" in first.source and 'find_spec("attention") is None' in first.source
+  install = "subprocess.run"
+  assert install in first.source
+  exec(first.source.replace(install, "undefined_on_purpose"), {})
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+  """The lesson, executed as a reader would: its folder is where it lies."""
+  notebook = read(ROOT / "notebooks/quickstart.ipynb")
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+  environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "MPLBACKEND": ""}
+  client = nbclient.NotebookClient(
+    notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
+  )
+  client.execute(env={name: value for name, value in environment.items() if value})
+  return notebook
+
+
+@pytest.mark.slow
+def test_runs_without_errors_and_warnings(quickstart):
+  wrong = [o for o in outputs(quickstart) if o.output_type == "error" or o.get("name") == "stderr"]
+  assert not wrong
+  pictures = [o for o in outputs(quickstart) if "image/png" in o.get("data", {})]
+  assert len(pictures) == 4
+
+
+@pytest.mark.slow
+def test_what_it_calls_equal_is_equal(quickstart):
+  text = printed(quickstart)
+  found = re.findall(r"(?:difference|differ by) ([\d.e+-]+)", text)
+  assert len(found) == 6
+  assert max(map(float, found)) < 1e-4
+
+
+@pytest.mark.slow
+def test_its_claims_about_what_runs_are_true(quickstart):
+  text = printed(quickstart)
+  assert "dot_product_attention runs 'tiled'" in text  # for a million tokens
+  assert "dot_product_attention runs 'xla'" in text  # for 64
+  assert "did you mean 'tiled'" in text
+  assert "##......\n" in text and "....####" in text
+  assert "300 steps" in text and "class " in text
