@@ -44,7 +44,9 @@ def command(config: Config, program: str = "train") -> list[str]:
 
 def spawn(arguments: list[str], **how: Any) -> subprocess.Popen[str]:
   """Starts a program in the repository's root, with its output piped."""
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+  environment = dict(
+    os.environ, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1", PYTHONUNBUFFERED="1"
+  )
   return subprocess.Popen(
     arguments,
     cwd=ROOT,

@@ -9,9 +9,17 @@ import pytest
 from jax.test_util import check_grads
 
 import kit
-from attention import dot_product_attention, masks
+from attention import dot_product_attention as attend_eagerly
+from attention import masks
 from attention.ops import softmax
 
+# Compiled, a call of many small operations costs one compilation and not as many as operations.
+dot_product_attention = jax.jit(
+  attend_eagerly,
+  static_argnames=(
+    "scale", "is_causal", "local_window_size", "logit_cap", "implementation", "return_residual",
+  ),
+)  # fmt: skip
 IMPLEMENTATIONS = tuple(softmax.IMPLEMENTATIONS)
 CASES = [
   kit.Case(T=1, S=1),
