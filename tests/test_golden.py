@@ -28,7 +28,7 @@ CONFIG = Config(
   batch_size=4,
   seq_len=32,
   model=ModelConfig(num_layers=2, width=32, num_heads=2, num_kv_heads=1),
-  optim=OptimConfig(lr=1e-2, warmup=5),
+  optim=OptimConfig(lr=2e-3, warmup=5),
 )
 
 
@@ -49,7 +49,11 @@ def losses(spec: str) -> list[float]:
 @pytest.mark.parametrize("spec", SPECS)
 def test_curve_is_golden(spec):
   curve = losses(spec)
-  np.testing.assert_allclose(curve, json.loads(FILE.read_text())[spec], rtol=2e-4)
+  golden = json.loads(FILE.read_text())[spec]
+  # Adam divides by the size of a gradient, so the rounding of small ones grows: two ways to compile
+  # gated_linear, nothing else changed, were 0.12 % apart after 16 steps.
+  np.testing.assert_allclose(curve[:3], golden[:3], rtol=1e-4)
+  np.testing.assert_allclose(curve, golden, rtol=5e-3)
   assert curve[-1] < curve[0] - 0.2  # and it learns
 
 
