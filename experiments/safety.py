@@ -8,7 +8,7 @@ import pathlib
 import signal
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 import jax
@@ -48,7 +48,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def alone_in(folder: pathlib.Path) -> Iterator[None]:
+def alone_in(folder: pathlib.Path) -> Generator[None]:
   """Keeps other runs out of a workdir; the system lifts the lock when this process ends, however.
 
   Raises:
