@@ -11,6 +11,8 @@ from typing import Any
 
 from attention import feature_maps as feature_maps
 from attention.dispatch import explain as explain
+from attention.dropout import Dropout as Dropout
+from attention.dropout import make_dropout as make_dropout
 from attention.masks import Mask as Mask
 from attention.masks import causal as causal
 from attention.masks import chunked as chunked

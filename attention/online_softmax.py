@@ -13,7 +13,7 @@ subtracts infinities.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Running(NamedTuple):
@@ -41,15 +41,20 @@ def _finite(m: Array) -> Array:
 
 
 def update(
-  state: Running, scores: Float[Array, "*R T S"], v: Float[Array, "*R S h"], contract: str
+  state: Running,
+  scores: Float[Array, "*R T S"],
+  v: Float[Array, "*R S h"],
+  contract: str,
+  keep: Bool[Array, "*R T S"] | None = None,
 ) -> Running:
   """Adds a tile of scores (-inf where masked) and its values; `contract` is the einsum of
-  probabilities and values.
+  probabilities and values. What dropout does not keep has a probability and no value.
   """
   m = jnp.maximum(state.m, scores.max(-1))
   p = jnp.exp(scores - _finite(m)[..., None])
   decay = jnp.exp(state.m - _finite(m))
-  new = jnp.einsum(contract, p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  used = p if keep is None else jnp.where(keep, p, 0.0)
+  new = jnp.einsum(contract, used.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return Running(m, state.l * decay + p.sum(-1), state.acc * decay[..., None] + new)
 
 

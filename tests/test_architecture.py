@@ -113,7 +113,7 @@ LAYERS = {
 MAY_IMPORT = {
   "pallas_kernels": {"pallas_kernels"},
   "types": set(),
-  "shared": {"shared", "types"},
+  "shared": {"pallas_kernels", "shared", "types"},
   "ops": {"pallas_kernels", "shared", "types"},
   "modules": {"modules", "ops", "shared", "types"},
   "variants": {"modules", "ops", "shared", "types"},

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from attention import masks, scores, tiled
 from attention.dispatch import Implementation, choose
+from attention.dropout import Dropout, kept_array
 from attention.masks import Mask
 from attention.scores import Modifiers
 from attention.types import Cost, Key, LogSumExp, MaskArray, Output, Query, Value
@@ -41,6 +42,7 @@ class Call(NamedTuple):
   sinks: Float[Array, " N"] | None
   scale: float
   logit_cap: float | None
+  dropout: Dropout | None
 
 
 @overload
@@ -59,6 +61,7 @@ def dot_product_attention(
   logit_cap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
+  dropout: Dropout | None = None,
   implementation: str | None = None,
   return_residual: Literal[False] = False,
 ) -> Output: ...
@@ -80,6 +83,7 @@ def dot_product_attention(
   logit_cap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
+  dropout: Dropout | None = None,
   implementation: str | None = None,
   return_residual: Literal[True],
 ) -> tuple[Output, LogSumExp]: ...
@@ -100,6 +104,7 @@ def dot_product_attention(
   logit_cap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
+  dropout: Dropout | None = None,
   implementation: str | None = None,
   return_residual: bool = False,
 ) -> Output | tuple[Output, LogSumExp]:
@@ -128,6 +133,8 @@ def dot_product_attention(
     sinks: a score of each head that takes part in the softmax and has no value.
     alibi_slopes: of each head, >= 0: the score falls by slope |t - s|. See
       `attention.alibi_slopes`.
+    dropout: which probabilities are dropped, from `attention.make_dropout`; the same ones in every
+      implementation and sharding. The log-sum-exp is that of all of them.
     implementation: "reference", "xla" (dense), "tiled"; None: the frugal one for this call (see
       `attention.explain`).
     return_residual: also return the log-sum-exp, `B T N` as in `jax.nn`, float32, natural
@@ -144,7 +151,7 @@ def dot_product_attention(
     query, key, value, bias, mask, scale=scale, is_causal=is_causal,
     query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
     local_window_size=local_window_size, logit_cap=logit_cap, sinks=sinks,
-    alibi_slopes=alibi_slopes,
+    alibi_slopes=alibi_slopes, dropout=dropout,
   )  # fmt: skip
   out, lse = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
   lse = lse.swapaxes(1, 2)
@@ -175,6 +182,8 @@ def _reference(call: Call) -> tuple[Array, Array]:
   empty = (score == -jnp.inf).all(-1)
   lse = jax.nn.logsumexp(jnp.where(empty[..., None], 0.0, score), axis=-1)
   p = jnp.where(empty[..., None], 0.0, jnp.exp(score - lse[..., None]))[..., :S]
+  if call.dropout is not None:
+    p = jnp.where(kept_array(call.dropout, T, S), p / (1.0 - call.dropout.rate), 0.0)
   out = jnp.einsum("bnts,bsnh->btnh", p, v)
   return out.astype(call.value.dtype), jnp.where(empty, -jnp.inf, lse)
 
@@ -198,6 +207,9 @@ def _dense(call: Call) -> tuple[Array, Array]:
   total = p.sum(-1) if sink is None else p.sum(-1) + jnp.exp(sink - m)
   empty = total == 0.0
   total = jnp.where(empty, 1.0, total)
+  if call.dropout is not None:
+    kept = scores.grouped(kept_array(call.dropout, T, S), K)
+    p = jnp.where(kept, p / (1.0 - call.dropout.rate), 0.0)
   out = jnp.einsum("bkgts,bskh->btkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
   out = out / total.transpose(0, 3, 1, 2)[..., None]
   lse = jnp.where(empty, -jnp.inf, m + jnp.log(total))
@@ -205,7 +217,15 @@ def _dense(call: Call) -> tuple[Array, Array]:
 
 
 def _tiled(call: Call) -> tuple[Array, Array]:
-  return tiled.attend(*call[:5], call.sinks, scale=call.scale, logit_cap=call.logit_cap)
+  rate, seeds = (call.dropout.rate, call.dropout.seeds) if call.dropout else (0.0, None)
+  return tiled.attend(
+    *call[:5],
+    call.sinks,
+    scale=call.scale,
+    logit_cap=call.logit_cap,
+    dropout_rate=rate,
+    dropout_seeds=seeds,
+  )
 
 
 def _larger_than_a_tile(call: Call) -> str | None:
@@ -248,6 +268,7 @@ def describe(
   logit_cap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
+  dropout: Dropout | None = None,
 ) -> Call:
   """Checks the arguments of `dot_product_attention` and puts them into the one form that
   implementations read.
@@ -261,6 +282,7 @@ def describe(
     ("key_value_seq_lengths", key_value_seq_lengths, (B,)),
     ("sinks", sinks, (N,)),
     ("alibi_slopes", alibi_slopes, (N,)),
+    ("the seeds of dropout", dropout.seeds if dropout else None, (B, N)),
   ):
     if x is not None and x.shape != shape:
       raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
@@ -282,7 +304,8 @@ def describe(
     bias = _broadcastable("bias", bias, (B, N, T, S))
   scale = H**-0.5 if scale is None else scale
   modifiers = Modifiers(bias, alibi_slopes)
-  return Call(query, key, value, whole, modifiers, sinks, scale, logit_cap)
+  dropout = dropout if dropout and dropout.rate else None
+  return Call(query, key, value, whole, modifiers, sinks, scale, logit_cap, dropout)
 
 
 def _batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

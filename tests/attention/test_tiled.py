@@ -120,7 +120,8 @@ def test_visits_are_those_of_the_window():
 
 def test_small_windows_get_small_tiles():
   assert tiled.block_size(masks.sliding_window(64), 8, 2**14, 2**14) == 128
-  assert tiled.block_size(masks.causal(), 8, 2**14, 2**14) == 512
+  assert tiled.block_size(masks.causal(), 8, 2**14, 2**14) == 256
+  assert tiled.block_size(masks.causal(), 2, 2**14, 2**14) == 512
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
