@@ -378,11 +378,11 @@ class State(NamedTuple):
 
   With the capacity of the whole text nothing is overwritten; with that of a window the state is a
   ring. A state is full once it has wrapped: without a window the caller must give it room for all
-  that will come.
+  that will come. Heads come before slots, as the products of a step read them: nothing is turned.
   """
 
-  key: Float[Array, "B S K H"]
-  value: Float[Array, "B S K h"]
+  key: Float[Array, "B K S H"]
+  value: Float[Array, "B K S h"]
   length: Int[Array, " B"]
   """The number of tokens read, by row."""
 
@@ -404,7 +404,7 @@ def init_state(
   """
   del num_heads, logit_cap
   capacity = max_length if window is None else min(window, max_length)
-  key, value = (jnp.zeros((batch, capacity, num_kv_heads, w), dtype) for w in (head_dim, value_dim))
+  key, value = (jnp.zeros((batch, num_kv_heads, capacity, w), dtype) for w in (head_dim, value_dim))
   return State(key, value, jnp.zeros((batch,), jnp.int32))
 
 
@@ -430,20 +430,20 @@ def prefill(
   k_positions = jnp.concatenate([_slot_positions(state), jnp.where(valid, positions, -1)], axis=1)
   out = dot_product_attention(
     q,
-    jnp.concatenate([state.key.astype(k.dtype), k], axis=1),
-    jnp.concatenate([state.value.astype(v.dtype), v], axis=1),
+    jnp.concatenate([state.key.swapaxes(1, 2).astype(k.dtype), k], axis=1),
+    jnp.concatenate([state.value.swapaxes(1, 2).astype(v.dtype), v], axis=1),
     mask=masks.positions(positions, k_positions, window),
     logit_cap=logit_cap,
     implementation=implementation,
   )
-  capacity = state.key.shape[1]
+  capacity = state.key.shape[2]
   kept = valid & (steps >= lengths[:, None] - capacity)
   slots = jnp.where(
     kept, positions % capacity, capacity
   )  # `capacity` is no slot: what goes there is dropped
   rows = jnp.arange(B)[:, None]
-  key = state.key.at[rows, slots].set(k.astype(state.key.dtype), mode="drop")
-  value = state.value.at[rows, slots].set(v.astype(state.value.dtype), mode="drop")
+  key = state.key.at[rows, :, slots].set(k.astype(state.key.dtype), mode="drop")
+  value = state.value.at[rows, :, slots].set(v.astype(state.value.dtype), mode="drop")
   return State(key, value, state.length + lengths), out
 
 
@@ -458,16 +458,18 @@ def step(
 ) -> tuple[State, Float[Array, "B N h"]]:
   """Reads one token: O(capacity) time."""
   rows = jnp.arange(q.shape[0])
-  slots = state.length % state.key.shape[1]
+  slots = state.length % state.key.shape[2]
   state = State(
-    state.key.at[rows, slots].set(k.astype(state.key.dtype)),
-    state.value.at[rows, slots].set(v.astype(state.value.dtype)),
+    state.key.at[rows, :, slots].set(k.astype(state.key.dtype)),
+    state.value.at[rows, :, slots].set(v.astype(state.value.dtype)),
     state.length + 1,
   )
+  # XLA would fuse the write into what reads it, and copy the whole state to be able to.
+  state = jax.lax.optimization_barrier(state)
   out = dot_product_attention(
     q[:, None],
-    state.key.astype(q.dtype),
-    state.value.astype(q.dtype),
+    state.key.swapaxes(1, 2).astype(q.dtype),
+    state.value.swapaxes(1, 2).astype(q.dtype),
     mask=masks.positions(state.length[:, None] - 1, _slot_positions(state), window),
     logit_cap=logit_cap,
     implementation="xla",
@@ -479,9 +481,9 @@ def _slot_positions(state: State) -> Int[Array, "B S"]:
   """The position of the token in each slot: the last one read that belongs there, or -1 where there
   is none.
   """
-  slots = jnp.arange(state.key.shape[1], dtype=jnp.int32)[None]
+  slots = jnp.arange(state.key.shape[2], dtype=jnp.int32)[None]
   last = state.length[:, None] - 1
-  return jnp.maximum(last - (last - slots) % state.key.shape[1], -1)
+  return jnp.maximum(last - (last - slots) % state.key.shape[2], -1)
 
 
 def cost(

@@ -269,7 +269,7 @@ def test_prefill_in_two_parts_and_steps(window, lengths):
   state = softmax.init_state(
     2, num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, max_length=40, window=window
   )
-  assert state.key.shape[1] == (40 if window is None else 8)
+  assert state.key.shape[2] == (40 if window is None else 8)
   read = np.zeros(2, int)
   for T in (13, 11):
     count = np.array(lengths if lengths and T == 13 else (T, T))
