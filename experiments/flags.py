@@ -6,7 +6,6 @@ registered globally, and library code reads no flag.
 """
 
 import dataclasses
-import difflib
 import sys
 import textwrap
 import typing
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from absl import flags
+
+from attention.dispatch import suggest
 
 
 class UserError(Exception):
@@ -210,10 +211,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unknown(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-  """One sentence for a misspelt name, with the nearest right ones."""
-  near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-  hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-  return f"{what} {name!r} is unknown: {hint}"
+  """One sentence for a misspelt name, with the nearest right one."""
+  return f"{what} {name!r} is unknown; {suggest(name, known)}"
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """What can be learned: a name for each task, and the one function that makes them."""
 
 import ast
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
+from attention.dispatch import suggest
 from experiments.tasks import copy, hmm, induction, recall, selective_copy, text
 from experiments.tasks.task import Task as Task
 
@@ -32,7 +32,7 @@ def make_task(name: str, *, seq_len: int, seed: int, data: text.DataOptions) -> 
   """
   base, *settings = name.split(":")
   if base not in TASKS:
-    raise ValueError(f"task {base!r} is unknown{_hint(base, TASKS)}; the tasks are {_all(TASKS)}")
+    raise ValueError(f"task {base!r} is unknown; {suggest(base, TASKS)}")
   make = TASKS[base]
   known = inspect.signature(make).parameters
   options = {key: value for key, value in known.items() if value.default is not value.empty}
@@ -53,8 +53,8 @@ def _parse(
   key, _, text_value = setting.partition("=")
   if key not in options:
     raise ValueError(
-      f"task {task} has no option {key!r}{_hint(key, options)}; its options are "
-      f"{_all(options) or 'none'}"
+      f"task {task} has no option {key!r}; "
+      + (suggest(key, options) if options else "it has no options")
     )
   try:
     value = ast.literal_eval(text_value)
@@ -67,12 +67,3 @@ def _parse(
   if type(value) is not wanted:
     raise ValueError(f"task {task}: {key} must be of type {wanted.__name__}, got {text_value!r}")
   return key, value
-
-
-def _hint(name: str, names: Mapping[str, object]) -> str:
-  close = difflib.get_close_matches(name, names, n=1)
-  return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _all(names: Mapping[str, object]) -> str:
-  return ", ".join(names)

@@ -150,7 +150,7 @@ def test_check_names_what_is_missed(toy, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
-    (["--suite=cup"], "did you mean cpu"),
+    (["--suite=cup"], "did you mean 'cpu'"),
     (["--suit=cpu"], "suit"),
     (["--suite=toy", "--measure=false", "--out=/nowhere/toy.json"], "/nowhere/toy.json"),
   ],
