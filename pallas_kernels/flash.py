@@ -34,6 +34,17 @@ class Visits(NamedTuple):
   """int32 `b n blocks`: how many are visited, full and mixed."""
 
 
+class Blocks(NamedTuple):
+  """(block_q, block_k) in which the visits of each pass are counted."""
+
+  forward: tuple[int, int]
+  """`by_query` of the forward pass."""
+  d_query: tuple[int, int]
+  """`by_query` of the backward pass."""
+  d_key: tuple[int, int]
+  """`by_key` of the backward pass."""
+
+
 class Extras(NamedTuple):
   """The arrays that change scores or decide about pairs; None or () where absent."""
 
