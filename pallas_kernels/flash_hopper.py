@@ -1,0 +1,224 @@
+"""Softmax attention on Hopper GPUs (sm_90a)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import flash_hopper_backward, hopper, tiles
+from pallas_kernels.flash import Array, Blocks, Extras, Settings, Visits
+from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
+from pallas_kernels.hopper import ROWS, Plan, Ring, Turns, along, padded, pick, row_of, smem, zeros
+
+backward = flash_hopper_backward.backward
+
+
+def _plan(H: int, h: int) -> Plan:
+  """The tiles of the forward pass for head widths that are padded already."""
+  if H <= 192 and h <= 128:
+    return Plan(warpgroups=2, others=128, stages=2)
+  return Plan(warpgroups=2, others=64, stages=2)
+
+
+def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
+  """The (block_q, block_k) in which the visits of each pass are to be counted."""
+  del k_shape, dtype, settings
+  H, h = padded(q_shape[-1]), padded(v_shape[-1])
+  plan = _plan(H, h)
+  d_query, d_key = flash_hopper_backward.plans(H, h)
+  return Blocks((plan.rows, plan.others), (d_query.rows, d_query.others), (d_key.others, d_key.rows))
+
+
+def unsupported(q, k, v, extras: Extras, settings: Settings) -> str | None:
+  """Why these kernels refuse a call, or None."""
+  del extras, settings
+  if q.dtype not in (jnp.float16, jnp.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
+    return f"it multiplies float16 or bfloat16, all alike, not {q.dtype}, {k.dtype}, {v.dtype}"
+  for name, x in (("head_dim", q), ("value head_dim", v)):
+    if x.shape[-1] > hopper.MAX_WIDTH:
+      return f"{name} {x.shape[-1]} is more than {hopper.MAX_WIDTH}"
+  return None
+
+
+class _Inputs(NamedTuple):
+  """What the kernel reads."""
+
+  q: Any
+  k: Any
+  v: Any
+  visits: Visits
+  reads: Reads
+
+
+class _Scratch(NamedTuple):
+  """What lies in shared memory."""
+
+  q_smem: Any
+  q_here: Any
+  keys: Ring
+  values: Ring
+  turns: Any
+  lse_smem: Any
+  out_smem: Any
+  """None where the output has the shape of the queries and takes their place."""
+
+
+class _Forward:
+  """One block of queries of one head."""
+
+  def __init__(self, static: Static, inputs: _Inputs, outputs, scratch: _Scratch):
+    self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.b, self.n, self.wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    # The last block first: under a causal mask it is the longest.
+    i = static.blocks - 1 - lax.axis_index("block")
+    self.row = i * static.plan.warpgroups + self.wg
+    self.where = pick(inputs.visits.full, self.b, self.n, i)
+    self.full, self.active = inputs.visits.full[self.where], inputs.visits.active[self.where]
+
+  def block(self, step):
+    """The key block of a step. The mixed ones come first, so that the step before the loops may
+    always mask.
+    """
+    return self.inputs.visits.order[(*self.where, self.active - 1 - step)]
+
+  def feed(self) -> None:
+    """The memory warpgroup: key and value blocks into the rings as they become free."""
+    inputs, scratch, width = self.inputs, self.scratch, self.static.plan.others
+    key_head = lax.div(self.n, self.static.group)
+
+    def step(t, _):
+      keys = (self.b, pl.ds(self.block(t) * width, width), key_head)
+      scratch.keys.fill(t, inputs.k.at[keys])
+      scratch.values.fill(t, inputs.v.at[keys])
+
+    lax.fori_loop(0, self.active, step, None)
+    scratch.keys.drain(self.active)
+    scratch.values.drain(self.active)
+
+  def compute(self) -> None:
+    """A computing warpgroup: its `ROWS` queries against every key block that is visited."""
+    m, l = row_of(-jnp.inf), row_of(0.0)
+    if self.inputs.reads.sinks is not None:
+      m, l = row_of(self.inputs.reads.sinks[self.n] * tiles.LOG2_E), row_of(1.0)
+    acc = zeros(ROWS, self.inputs.v.shape[-1])
+    pl.when(self.active == 0)(lambda: self.finish(m, l, acc))
+    pl.when(self.active > 0)(lambda: self.finish(*self.visit(m, l, acc)))
+
+  def visit(self, m, l, acc):
+    """(m, l, acc) after every step. The product with V of a step runs behind the softmax of the
+    next.
+    """
+    scratch, on_chip, dtype = self.scratch, self.static.on_chip, self.inputs.v.dtype
+    q_smem, q_here = scratch.q_smem.at[self.wg], scratch.q_here.at[self.wg]
+    rows = pl.ds(self.row * ROWS, ROWS)
+    plgpu.copy_gmem_to_smem(self.inputs.q.at[self.b, rows, self.n], q_smem, q_here)
+    turns = Turns(scratch.turns, self.wg, self.static.plan.warpgroups)
+    turns.start()
+    plgpu.barrier_wait(q_here)
+    (k_smem,) = scratch.keys.take(0)
+    first = hopper.product(q_smem, k_smem, on_chip=on_chip)
+    m, l, _, p = self.update(0, True, m, l, first)
+
+    def step(t, carry, masked):
+      m, l, acc, p = carry
+      (v_smem,), (k_smem,) = scratch.values.take(t - 1), scratch.keys.take(t)
+      turns.wait()
+      (m, l, alpha, p), acc = hopper.product_behind(
+        q_smem, k_smem, acc, p, v_smem, (m, l, m, zeros(*first.shape)), issued=turns.give,
+        update=functools.partial(self.update, t, masked, m, l), on_chip=on_chip,
+      )  # fmt: skip
+      scratch.values.give(t - 1)
+      return m, l, acc * along(alpha, 0, acc.shape), p.astype(dtype)
+
+    mixed = jnp.maximum(self.active - self.full, 1)
+    carry = m, l, acc, p.astype(dtype)
+    carry = lax.fori_loop(1, mixed, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(mixed, self.active, functools.partial(step, masked=False), carry)
+    m, l, acc, p = carry
+    turns.end()
+    (v_smem,) = scratch.values.take(self.active - 1)
+    (acc,) = hopper.add_products((acc, p, v_smem), on_chip=on_chip)
+    scratch.values.give(self.active - 1)
+    return m, l, acc
+
+  def update(self, t, masked: bool, m, l, product):
+    """(m, l, alpha, p) after one more tile of scores: the weights so far are alpha of what they
+    were.
+    """
+    self.scratch.keys.give(t)
+    width = self.static.plan.others
+    tile = Tile(
+      self.static.settings, self.inputs.reads, self.b, self.n, self.row, self.block(t), width
+    )
+    x, factor, _ = tile.scores(product)
+    if masked:
+      x = jnp.where(tile.allowed(), x, -jnp.inf)
+    m_next = jnp.maximum(m, x.max(axis=1) * factor)
+    base = tiles.finite(m_next)
+    p = jnp.exp2(x * factor - along(base, 0, x.shape))
+    alpha = jnp.exp2(m - base)
+    return m_next, l * alpha + p.sum(axis=1), alpha, tile.dropped(p)
+
+  def finish(self, m, l, acc) -> None:
+    """The output and the log-sum-exp go out. A row that saw nothing has l = 0 and m = -inf."""
+    out_gmem, lse_gmem = self.outputs
+    share = jnp.where(l > 0.0, 1.0 / ((1.0 - self.static.settings.dropout_rate) * l), 0.0)
+    out = (acc * along(share, 0, acc.shape)).astype(out_gmem.dtype)
+    lse_smem = self.scratch.lse_smem.at[self.wg]
+    lse_smem[...] = (m + jnp.log2(l)) * tiles.LN_2
+    plgpu.commit_smem()
+    rows = pl.ds(self.row * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[self.b, self.n, rows])
+    room = self.scratch.q_smem if self.scratch.out_smem is None else self.scratch.out_smem
+    hopper.store(out, room.at[self.wg], out_gmem.at[self.b, rows, self.n])
+
+
+def _kernel(static: Static, inputs: _Inputs, out_gmem, lse_gmem, *, scratch: _Scratch):
+  one = _Forward(static, inputs, (out_gmem, lse_gmem), scratch)
+  hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
+
+
+def forward(
+  q: Array,
+  k: Array,
+  v: Array,
+  extras: Extras,
+  settings: Settings,
+  by_query: Visits,
+  *,
+  on_chip: bool = True,
+) -> tuple[Array, Array]:
+  """The output `B T N h` in v's dtype and the log-sum-exp `B N T`, float32; `on_chip=False` for the
+  interpreter.
+  """
+  B, T, N, _ = q.shape
+  S, K, width = v.shape[1:]
+  q, k, v = map(wide, (q, k, v))
+  H, h = q.shape[-1], v.shape[-1]
+  plan = _plan(H, h)
+  count, workers = -(-T // plan.rows), plan.warpgroups
+  ring = functools.partial(Ring.of, plan.stages, workers)
+  scratch = _Scratch(
+    q_smem=smem((workers, ROWS, H), q.dtype),
+    q_here=plgpu.Barrier(num_barriers=workers),
+    keys=ring(smem((plan.stages, plan.others, H), k.dtype)),
+    values=ring(smem((plan.stages, plan.others, h), v.dtype)),
+    turns=plgpu.Barrier(num_barriers=workers),
+    lse_smem=plgpu.SMEM((workers, ROWS), jnp.float32),
+    out_smem=None if h == H else smem((workers, ROWS, hopper.slice_width(h)), v.dtype),
+  )
+  out, lse = hopper.launch(
+    functools.partial(_kernel, Static(plan, settings, N // K, count, on_chip)),
+    plan,
+    grid={"head": N, "block": count, "batch": B},
+    out_type=(
+      jax.ShapeDtypeStruct((B, T, N, h), v.dtype),
+      jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
+    ),
+    scratch=scratch,
+  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan.others)))
+  return out[..., :width], lse[..., :T]

@@ -1,0 +1,336 @@
+"""The gradients of softmax attention on Hopper GPUs (sm_90a)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper, tiles
+from pallas_kernels.flash import Array, Extras, Settings, Visits
+from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, Plan, Ring, along, pick, row_of, smem, zeros
+
+
+def plans(H: int, h: int) -> tuple[Plan, Plan]:
+  """The tiles of the queries' gradient and of the keys'."""
+  if max(H, h) <= 128:
+    return Plan(warpgroups=2, others=128, stages=2), Plan(warpgroups=2, others=64, stages=2)
+  if max(H, h) <= 192:
+    return Plan(warpgroups=2, others=64, stages=2), Plan(warpgroups=2, others=64, stages=2)
+  return Plan(warpgroups=2, others=64, stages=2), Plan(warpgroups=2, others=64, stages=2)
+
+
+class _Inputs(NamedTuple):
+  """What both kernels read. In the queries' gradient `lse` (base 2) and `delta` are `B N tiles
+  ROWS`, in the keys' `B N positions`.
+  """
+
+  q: Any
+  k: Any
+  v: Any
+  d_out: Any
+  lse: Any
+  delta: Any
+  visits: Visits
+  reads: Reads
+
+
+def _probabilities(tile: Tile, masked: bool, lse: Array, product: Array) -> tuple[Array, Array]:
+  """(p, the derivative of the scores by scale q . k, or None where it is 1)."""
+  x, factor, tanh = tile.scores(product)
+  if masked:
+    x = jnp.where(tile.allowed(), x, -jnp.inf)
+  p = jnp.exp2(x * factor - lse)
+  return p, tanh
+
+
+class _QueryScratch(NamedTuple):
+  """Shared memory of the queries' gradient."""
+
+  q_smem: Any
+  d_smem: Any
+  here: Any
+  keys: Ring
+  values: Ring
+
+
+class _DQuery:
+  """The gradient of one block of queries of one head."""
+
+  def __init__(self, static: Static, inputs: _Inputs, outputs, scratch: _QueryScratch):
+    self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.b, self.n, self.wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    i = static.blocks - 1 - lax.axis_index("block")
+    self.row = i * static.plan.warpgroups + self.wg
+    self.where = pick(inputs.visits.full, self.b, self.n, i)
+    self.full, self.active = inputs.visits.full[self.where], inputs.visits.active[self.where]
+
+  def feed(self) -> None:
+    """The memory warpgroup: key and value blocks into the rings as they become free."""
+    inputs, scratch, width = self.inputs, self.scratch, self.static.plan.others
+    key_head = lax.div(self.n, self.static.group)
+
+    def step(t, _):
+      block = inputs.visits.order[(*self.where, t)]
+      keys = (self.b, pl.ds(block * width, width), key_head)
+      scratch.keys.fill(t, inputs.k.at[keys])
+      scratch.values.fill(t, inputs.v.at[keys])
+
+    lax.fori_loop(0, self.active, step, None)
+    scratch.keys.drain(self.active)
+    scratch.values.drain(self.active)
+
+  def compute(self) -> None:
+    """A computing warpgroup: its `ROWS` queries against every key block that is visited."""
+    inputs, here = self.inputs, self.scratch.here.at[self.wg]
+    rows = (self.b, pl.ds(self.row * ROWS, ROWS), self.n)
+    q_smem, d_smem = (x.at[self.wg] for x in (self.scratch.q_smem, self.scratch.d_smem))
+    plgpu.copy_gmem_to_smem(inputs.q.at[rows], q_smem, here)
+    plgpu.copy_gmem_to_smem(inputs.d_out.at[rows], d_smem, here)
+    lse, delta = (
+      plgpu.load(x.at[self.b, self.n, self.row], layout=ROW, optimized=False)
+      for x in (inputs.lse, inputs.delta)
+    )
+    plgpu.barrier_wait(here)
+    step = functools.partial(self.step, q_smem, d_smem, lse, delta)
+    carry = zeros(ROWS, inputs.q.shape[-1]), row_of(0.0)
+    carry = lax.fori_loop(0, self.full, functools.partial(step, masked=False), carry)
+    dq, d_slope = lax.fori_loop(self.full, self.active, functools.partial(step, masked=True), carry)
+    dq_gmem, *slopes_gmem = self.outputs
+    dq = (dq * self.static.settings.scale).astype(dq_gmem.dtype)
+    hopper.store(dq, q_smem, dq_gmem.at[rows])
+    for slope_gmem in slopes_gmem:
+      slope_gmem[self.b, self.n, self.row] = d_slope
+
+  def step(self, q_smem, d_smem, lse, delta, t, carry, masked):
+    """One more key block."""
+    dq, d_slope = carry
+    inputs, scratch, on_chip = self.inputs, self.scratch, self.static.on_chip
+    (k_smem,), (v_smem,) = scratch.keys.take(t), scratch.values.take(t)
+    width = self.static.plan.others
+    block = inputs.visits.order[(*self.where, t)]
+    tile = Tile(self.static.settings, inputs.reads, self.b, self.n, self.row, block, width)
+    shape = tile.shape
+
+    def then(p_and_tanh, dp):
+      scratch.values.give(t)
+      p, tanh = p_and_tanh
+      ds = tiles.d_scores(p, tile.dropped(dp, rescale=True), along(delta, 0, shape))
+      return ds, tiles.d_product(ds, tanh, scale=1.0).astype(inputs.k.dtype)
+
+    ds, dx = hopper.two_products(
+      q_smem, k_smem, d_smem, v_smem, then=then, on_chip=on_chip,
+      first=functools.partial(_probabilities, tile, masked, along(lse, 0, shape)),
+    )  # fmt: skip
+    (dq,) = hopper.add_products((dq, dx, k_smem), on_chip=on_chip)
+    scratch.keys.give(t)
+    if inputs.reads.slopes is not None:
+      d_slope = d_slope - (ds * tiles.distance(*tile.positions())).sum(axis=1)
+    return dq, d_slope
+
+
+class _KeyScratch(NamedTuple):
+  """Shared memory of the keys' gradient."""
+
+  k_smem: Any
+  v_smem: Any
+  here: Any
+  queries: Ring
+  """With their log-sum-exp."""
+  gradients: Ring
+  """Of the output, with delta."""
+
+
+class _DKey:
+  """The gradient of one block of keys and values of one key head: of both, or of one of them."""
+
+  def __init__(self, static: Static, wants, inputs: _Inputs, outputs, scratch: _KeyScratch):
+    self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.wants = wants
+    self.b, self.head, self.wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    self.j = lax.axis_index("block")
+    self.row = self.j * static.plan.warpgroups + self.wg
+
+  def over_heads(self, body, carry):
+    """`body(n, where, full, active, carry)` for every query head of the key head."""
+    visits = self.inputs.visits
+
+    def one(g, carry):
+      n = self.head * self.static.group + g
+      where = pick(visits.full, self.b, n, self.j)
+      return body(n, where, visits.full[where], visits.active[where], carry)
+
+    return lax.fori_loop(0, self.static.group, one, carry)
+
+  def feed(self) -> None:
+    """The memory warpgroup: query blocks and what belongs to them, head after head."""
+    inputs, scratch, width = self.inputs, self.scratch, self.static.plan.others
+
+    def head(n, where, full, active, before):
+      def step(s, _):
+        at = pl.ds(inputs.visits.order[(*where, s)] * width, width)
+        queries, values = (self.b, at, n), (self.b, n, at)
+        scratch.queries.fill(before + s, inputs.q.at[queries], inputs.lse.at[values])
+        scratch.gradients.fill(before + s, inputs.d_out.at[queries], inputs.delta.at[values])
+
+      lax.fori_loop(0, active, step, None)
+      return before + active
+
+    steps = self.over_heads(head, jnp.int32(0))
+    scratch.queries.drain(steps)
+    scratch.gradients.drain(steps)
+
+  def compute(self) -> None:
+    """A computing warpgroup: its `ROWS` keys against every query block that visits them."""
+    inputs, here = self.inputs, self.scratch.here.at[self.wg]
+    rows = (self.b, pl.ds(self.row * ROWS, ROWS), self.head)
+    k_smem, v_smem = (x.at[self.wg] for x in (self.scratch.k_smem, self.scratch.v_smem))
+    plgpu.copy_gmem_to_smem(inputs.k.at[rows], k_smem, here)
+    plgpu.copy_gmem_to_smem(inputs.v.at[rows], v_smem, here)
+    plgpu.barrier_wait(here)
+
+    def head(n, where, full, active, carry):
+      before, *sums = carry
+      step = functools.partial(self.step, k_smem, v_smem, n, where, before)
+      sums = lax.fori_loop(0, full, functools.partial(step, masked=False), tuple(sums))
+      sums = lax.fori_loop(full, active, functools.partial(step, masked=True), sums)
+      return before + active, *sums
+
+    widths = {"dk": inputs.k.shape[-1], "dv": inputs.v.shape[-1]}
+    start = (jnp.int32(0), *(zeros(ROWS, widths[name]) for name in self.wants))
+    _, *sums = self.over_heads(head, start)
+    for name, total, out_gmem in zip(self.wants, sums, self.outputs, strict=True):
+      factor, room = (self.static.settings.scale, k_smem) if name == "dk" else (1.0, v_smem)
+      hopper.store((total * factor).astype(out_gmem.dtype), room, out_gmem.at[rows])
+
+  def step(self, k_smem, v_smem, n, where, before, s, sums, masked):
+    """One more query block of head n."""
+    inputs, scratch, on_chip = self.inputs, self.scratch, self.static.on_chip
+    t, width = before + s, self.static.plan.others
+    (q_smem, lse_smem), (d_smem, delta_smem) = scratch.queries.take(t), scratch.gradients.take(t)
+    block = inputs.visits.order[(*where, s)]
+    tile = Tile(
+      self.static.settings, inputs.reads, self.b, n, self.row, block, width, keys_first=True
+    )
+    row = lambda ref: along(plgpu.load(ref, layout=COLUMN), 1, tile.shape)
+    dtype = inputs.k.dtype
+
+    def then(p_and_tanh, dp):
+      p, tanh = p_and_tanh
+      ds = tiles.d_scores(p, tile.dropped(dp, rescale=True), row(delta_smem))
+      dx = tiles.d_product(ds, tanh, scale=1.0).astype(dtype)
+      return {"dv": (tile.dropped(p, rescale=True).astype(dtype), d_smem), "dk": (dx, q_smem)}
+
+    factors = hopper.two_products(
+      k_smem, q_smem, v_smem, d_smem, then=then, on_chip=on_chip,
+      first=lambda product: _probabilities(tile, masked, row(lse_smem), product),
+    )  # fmt: skip
+    pairs = ((total, *factors[name]) for name, total in zip(self.wants, sums, strict=True))
+    sums = hopper.add_products(*pairs, on_chip=on_chip)
+    scratch.queries.give(t)
+    scratch.gradients.give(t)
+    return sums
+
+
+def _query_kernel(static: Static, inputs: _Inputs, *outputs, scratch):
+  one = _DQuery(static, inputs, outputs, scratch)
+  hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
+
+
+def _key_kernel(static: Static, wants, inputs: _Inputs, *outputs, scratch):
+  one = _DKey(static, wants, inputs, outputs, scratch)
+  hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
+
+
+def _padded(x: Array, length: int, value: float) -> Array:
+  return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=value)
+
+
+def backward(
+  q: Array,
+  k: Array,
+  v: Array,
+  d_out: Array,
+  lse: Array,
+  delta: Array,
+  extras: Extras,
+  settings: Settings,
+  by_query: Visits,
+  by_key: Visits,
+  *,
+  on_chip: bool = True,
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+  """(dq, dk, dv, d_bias, d_slopes); a row that saw nothing comes with lse = +inf."""
+  widths = q.shape[-1], v.shape[-1]
+  d_out = d_out.astype(v.dtype)
+  q, k, v, d_out = map(wide, (q, k, v, d_out))
+  given = q, k, v, d_out, lse * tiles.LOG2_E, delta
+  dq, d_slopes = _d_query(*given, extras, settings, by_query, on_chip)
+  dk, dv = _d_key(*given, extras, settings, by_key, on_chip)
+  return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]], None, d_slopes
+
+
+def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
+  (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
+  plan, _ = plans(H, h)
+  count, workers = -(-T // plan.rows), plan.warpgroups
+  cut = lambda x, value: _padded(x, count * plan.rows, value).reshape(B, N, -1, ROWS)
+  ring = functools.partial(Ring.of, plan.stages, workers)
+  types = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+  if extras.alibi_slopes is not None:
+    types.append(jax.ShapeDtypeStruct((B, N, count * workers, ROWS), jnp.float32))
+  outputs = hopper.launch(
+    functools.partial(_query_kernel, Static(plan, settings, N // K, count, on_chip)),
+    plan,
+    grid={"head": N, "block": count, "batch": B},
+    out_type=tuple(types),
+    scratch=_QueryScratch(
+      q_smem=smem((workers, ROWS, H), q.dtype),
+      d_smem=smem((workers, ROWS, h), v.dtype),
+      here=plgpu.Barrier(num_arrivals=2, num_barriers=workers),
+      keys=ring(smem((plan.stages, plan.others, H), k.dtype)),
+      values=ring(smem((plan.stages, plan.others, h), v.dtype)),
+    ),
+  )(
+    _Inputs(
+      q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query,
+      reads(extras, T, S, plan.others),
+    )  # fmt: skip
+  )
+  return outputs[0], outputs[1].sum((0, 2, 3)) if len(outputs) > 1 else None
+
+
+def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
+  (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
+  _, plan = plans(H, h)
+  count, workers, width = -(-S // plan.rows), plan.warpgroups, plan.others
+  length = -(-T // width) * width
+  ring = functools.partial(Ring.of, plan.stages, workers)
+  numbers = plgpu.SMEM((plan.stages, width), jnp.float32)
+  inputs = _Inputs(
+    q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(delta, length, 0.0), by_key,
+    reads(extras, T, S, width, keys_first=True),
+  )  # fmt: skip
+  shapes = {"dk": k, "dv": v}
+
+  def run(*wants):
+    static = Static(plan, settings, N // K, count, on_chip)
+    return hopper.launch(
+      functools.partial(_key_kernel, static, wants),
+      plan,
+      grid={"head": K, "block": count, "batch": B},
+      out_type=tuple(jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype) for n in wants),
+      scratch=_KeyScratch(
+        k_smem=smem((workers, ROWS, H), k.dtype),
+        v_smem=smem((workers, ROWS, h), v.dtype),
+        here=plgpu.Barrier(num_arrivals=2, num_barriers=workers),
+        queries=ring(smem((plan.stages, width, H), q.dtype), numbers),
+        gradients=ring(smem((plan.stages, width, h), v.dtype), numbers),
+      ),
+    )(inputs)
+
+  return run("dk", "dv") if H + h <= 256 else (*run("dk"), *run("dv"))

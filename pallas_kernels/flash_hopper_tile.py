@@ -1,0 +1,161 @@
+"""One tile of softmax attention on a Hopper GPU: which arrays decide about it, where it lies, its
+scores, its mask. The kernels of `flash_hopper` and `flash_hopper_backward` are loops over it.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles
+from pallas_kernels.flash import Array, Extras, Settings
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, along, padded, pick
+
+
+class Static(NamedTuple):
+  """What a kernel knows before anything runs."""
+
+  plan: Plan
+  settings: Settings
+  group: int
+  """Query heads per key head."""
+  blocks: int
+  """In the grid."""
+  on_chip: bool
+
+
+def wide(x: Array) -> Array:
+  """Zeros up to the padded head width."""
+  missing = padded(x.shape[-1]) - x.shape[-1]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """An array that is read tile by tile, cut so that whole numbers name a tile."""
+
+  array: Any
+  axis: int | None
+  """None: a tile each of `#b #n rows ROWS columns width`. 0: a value per row, `#b #n rows ROWS`. 1:
+  a value per column, `#b #n columns width`."""
+
+  def load(self, b: Array, n: Array, row: Array, column: Array, width: int) -> Array:
+    """The tile in this row and column of tiles."""
+    where = pick(self.array, b, n)
+    if self.axis is None:
+      part = self.array.at[(*where, row, slice(None), column)]
+      return plgpu.load(part, layout=TILE, optimized=False)
+    part = self.array.at[(*where, column if self.axis else row)]
+    x = plgpu.load(part, layout=COLUMN if self.axis else ROW, optimized=False)
+    return along(x, self.axis, (ROWS, width))
+
+
+def cut(x: Array, T: int, S: int, width: int, *, keys_first: bool) -> Operand:
+  """`#B #N #T #S` as an operand; in a tile the queries are the rows, or the keys."""
+  if x.shape[2:] == (1, 1):
+    x = jnp.broadcast_to(x, (*x.shape[:2], 1, S))
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.int8 if 1 not in x.shape[2:] else jnp.int32)
+  x = x.swapaxes(2, 3) if keys_first else x
+  units = tuple(1 if size == 1 else unit for size, unit in zip(x.shape[2:], (ROWS, width)))
+  x = jnp.pad(x, ((0, 0), (0, 0), *((0, -size % unit) for size, unit in zip(x.shape[2:], units))))
+  split = x.reshape(*x.shape[:2], x.shape[2] // units[0], units[0], x.shape[3] // units[1], -1)
+  if x.shape[2] == 1:
+    return Operand(split[:, :, 0, 0], 1)
+  return Operand(split[:, :, :, :, 0, 0], 0) if x.shape[3] == 1 else Operand(split, None)
+
+
+class Reads(NamedTuple):
+  """The extras as kernels read them."""
+
+  bias: Operand | None
+  slopes: Array | None
+  sinks: Array | None
+  seeds: Array | None
+  q_info: tuple[Operand, ...]
+  k_info: tuple[Operand, ...]
+  dense: tuple[Operand, ...]
+
+
+def reads(extras: Extras, T: int, S: int, width: int, *, keys_first: bool = False) -> Reads:
+  """The extras, cut into tiles of `ROWS` x `width`."""
+  one = functools.partial(cut, T=T, S=S, width=width, keys_first=keys_first)
+  float32 = lambda x: None if x is None else x.astype(jnp.float32)
+  bias = extras.bias
+  if bias is not None and 1 in bias.shape[2:]:
+    bias = float32(bias)
+  return Reads(
+    None if bias is None else one(bias),
+    float32(extras.alibi_slopes),
+    float32(extras.sinks),
+    extras.dropout_seeds,
+    tuple(one(x[:, None, :, None]) for x in extras.q_info),
+    tuple(one(x[:, None, None, :]) for x in extras.k_info),
+    tuple(one(x) for x in extras.dense),
+  )
+
+
+class Tile:
+  """One tile of one head: its scores, its mask, its dropout."""
+
+  def __init__(
+    self, settings: Settings, refs: Reads, b, n, row, column, width, *, keys_first=False
+  ):
+    self.settings, self.refs, self.shape, self.keys_first = (
+      settings,
+      refs,
+      (ROWS, width),
+      keys_first,
+    )
+    self.b, self.n, self.row, self.column = b, n, row, column
+
+  def of(self, operand: Operand) -> Array:
+    """This tile of an operand."""
+    return operand.load(self.b, self.n, self.row, self.column, self.shape[1])
+
+  def positions(self) -> tuple[Array, Array]:
+    """(q_idx, k_idx) of every element."""
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, self.shape, layout=TILE)
+    rows = iota(dimension=0) + self.row * self.shape[0]
+    columns = iota(dimension=1) + self.column * self.shape[1]
+    return (columns, rows) if self.keys_first else (rows, columns)
+
+  def scores(self, product: Array) -> tuple[Array, float, Array | None]:
+    """(x, factor, tanh): the scores in base 2 are factor x. A plain call's factor is left for the
+    instruction that subtracts the maximum.
+    """
+    settings, refs = self.settings, self.refs
+    plain = settings.logit_cap is None and refs.bias is None and refs.slopes is None
+    if plain and settings.scale > 0.0:
+      return product, settings.scale * tiles.LOG2_E, None
+    slope = distance = None
+    if refs.slopes is not None:
+      slope, distance = refs.slopes[self.n], tiles.distance(*self.positions())
+    bias = None if refs.bias is None else self.of(refs.bias)
+    x, tanh = tiles.scores(
+      product,
+      scale=settings.scale,
+      logit_cap=settings.logit_cap,
+      bias=bias,
+      slope=slope,
+      distance=distance,
+    )
+    return x, 1.0, tanh
+
+  def allowed(self) -> Array:
+    """What the rule says of every pair."""
+    parts = (self.refs.q_info, self.refs.k_info, self.refs.dense)
+    q_info, k_info, dense = (tuple(map(self.of, operands)) for operands in parts)
+    return self.settings.rule(*self.positions(), q_info, k_info, tuple(x != 0 for x in dense))
+
+  def dropped(self, x: Array, *, rescale: bool = False) -> Array:
+    """x with 0 where dropout takes it; the forward pass rescales what is left once, at its end."""
+    if self.refs.seeds is None:
+      return x
+    rate, seed = self.settings.dropout_rate, self.refs.seeds[self.b, self.n]
+    keep = tiles.keep(seed, *self.positions(), rate=rate)
+    return jnp.where(keep, x * (1.0 / (1.0 - rate)) if rescale else x, 0.0)

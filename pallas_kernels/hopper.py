@@ -1,0 +1,281 @@
+"""What kernels for Hopper GPUs are made of: tiles in registers, matrix products, whose turn it is.
+
+A kernel runs on the chip or in the interpreter, and the two differ in `product`, `add_products`,
+`two_products` and `product_behind` alone (`on_chip`). The interpreter has no accumulator that begins with a value and no
+left operand in registers, and its race detector does not watch wgmma. So there the operands are
+read by ordinary loads, which it does watch: who fills a ring, who reads it, and what orders them
+is checked as it runs on the chip.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array = jax.Array
+
+ROWS = 64
+"""The rows of a warpgroup's tile: those of one wgmma."""
+
+TILE = plgpu.Layout.WGMMA
+"""Where a warpgroup's registers hold a tile, ..."""
+ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
+"""... one value per row of it, one per column."""
+
+MAX_WIDTH = 256
+"""The widest head: a wgmma has at most 256 columns."""
+
+
+REDUCTION = 512
+"""Bytes of shared memory for sums across warps; sums along rows need none."""
+
+
+class Plan(NamedTuple):
+  """How a pass is cut."""
+
+  warpgroups: int
+  """That compute; one more feeds them. Each has `ROWS` rows of the block."""
+  others: int
+  """How many of the other axis one step takes."""
+  stages: int
+  """Steps whose operands are in shared memory or on the way."""
+  registers: int = 232
+  """Of a thread that computes: 2 x 232 + 40 and 3 x 160 + 32 are what 512 threads' worth allow."""
+  feeder: int = 40
+  """Registers of a thread that feeds."""
+
+  @property
+  def rows(self) -> int:
+    """The rows of a block."""
+    return self.warpgroups * ROWS
+
+
+def padded(width: int) -> int:
+  """The next head width that a swizzled bulk copy and wgmma can take."""
+  return -(-width // 32) * 32
+
+
+def slice_width(width: int) -> int:
+  """The columns of one swizzled tile of rows this wide."""
+  return 64 if width % 64 == 0 else 32
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory for matrices that bulk copies write and wgmma reads."""
+  columns = slice_width(shape[-1])
+  transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def pick(array: Any, *index: Any) -> tuple[Any, ...]:
+  """The index, with 0 where the array has one entry for all."""
+  return tuple(0 if size == 1 else i for size, i in zip(array.shape, index, strict=False))
+
+
+def zeros(rows: int, columns: int) -> Array:
+  """A tile of zeros."""
+  return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), TILE)
+
+
+def row_of(value: Any) -> Array:
+  """The same float32 for every row of a tile."""
+  return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(value), (ROWS,)), ROW)
+
+
+def along(x: Array, axis: int, shape: tuple[int, int]) -> Array:
+  """A value per row (axis 0) or per column (1), as a tile."""
+  return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def store(x: Array, smem, gmem) -> None:
+  """A tile to global memory by way of shared memory, which may take it slice by slice."""
+  rows, width = smem.shape
+  for first in range(0, x.shape[1], width):
+    smem[...] = x[:, first : first + width]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem, gmem.at[:, pl.ds(first, width)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+class Ring(NamedTuple):
+  """Buffers in shared memory that are filled by bulk copies and used in turn. As scratch types, then
+  as refs.
+  """
+
+  buffers: tuple[Any, ...]
+  here: Any
+  free: Any
+
+  @classmethod
+  def of(cls, stages: int, users: int, *buffers: Any) -> "Ring":
+    """A ring of `stages` entries, whose every entry `users` warpgroups give back."""
+    here = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages)
+    return cls(buffers, here, plgpu.Barrier(num_arrivals=users, num_barriers=stages))
+
+  def slot(self, step: Array) -> Array:
+    """Where a step's entry lies."""
+    return lax.rem(step, self.buffers[0].shape[0])
+
+  def fill(self, step: Array, *sources: Any) -> None:
+    """Starts the copies of a step, once its entry is free."""
+    slot = self.slot(step)
+    free = self.free.at[slot]
+    pl.when(step >= self.buffers[0].shape[0])(lambda: plgpu.barrier_wait(free))
+    for source, buffer in zip(sources, self.buffers, strict=True):
+      plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.here.at[slot])
+
+  def drain(self, steps: Array) -> None:
+    """Waits until the last entries of `steps` are given back."""
+    first = jnp.maximum(steps - self.buffers[0].shape[0], 0)
+    wait = lambda step, _: plgpu.barrier_wait(self.free.at[self.slot(step)])
+    lax.fori_loop(first, steps, wait, None)
+
+  def take(self, step: Array) -> tuple[Any, ...]:
+    """The entry of a step, when it is here."""
+    slot = self.slot(step)
+    plgpu.barrier_wait(self.here.at[slot])
+    return tuple(buffer.at[slot] for buffer in self.buffers)
+
+  def at(self, step: Array) -> tuple[Any, ...]:
+    """The entry of a step that was taken already."""
+    return tuple(buffer.at[self.slot(step)] for buffer in self.buffers)
+
+  def give(self, step: Array) -> None:
+    """This warpgroup needs the entry no more."""
+    plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+
+class Turns(NamedTuple):
+  """Whose turn it is to fill the tensor cores: while one warpgroup's products run, the others do
+  their softmax.
+  """
+
+  barriers: Any
+  me: Array
+  count: int
+
+  def start(self) -> None:
+    """The last hands the first turn to the first."""
+    pl.when(self.me == self.count - 1)(lambda: plgpu.barrier_arrive(self.barriers.at[0]))
+
+  def wait(self) -> None:
+    """Until it is my turn."""
+    plgpu.barrier_wait(self.barriers.at[self.me])
+
+  def give(self) -> None:
+    """To the next."""
+    plgpu.barrier_arrive(self.barriers.at[lax.rem(self.me + 1, self.count)])
+
+  def end(self) -> None:
+    """The first takes the turn that nobody needs any more."""
+    pl.when(self.me == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
+
+
+def product(a_smem, b_smem, *, on_chip: bool) -> Array:
+  """a b^T of two tiles in shared memory. In the interpreter both are read by ordinary loads: its
+  race detector watches those and not wgmma.
+  """
+  if not on_chip:
+    a, b = a_smem[...].astype(jnp.float32), b_smem[...].astype(jnp.float32)
+    plgpu.commit_smem()
+    return jnp.dot(a, b.T)
+
+  def run(acc_ref):
+    plgpu.wgmma(acc_ref, a_smem, b_smem.T)
+    return acc_ref[...]
+
+  return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[0]), jnp.float32))
+
+
+def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Array, ...]:
+  """acc + p v of every (acc, p, v): p in registers, v in shared memory."""
+  if not on_chip:
+    total = tuple(
+      acc + jnp.dot(p.astype(jnp.float32), v_smem[...].astype(jnp.float32))
+      for acc, p, v_smem in sums
+    )
+    plgpu.commit_smem()
+    return total
+
+  def run(refs):
+    for ref, (_, p, v_smem) in zip(refs, sums, strict=True):
+      plgpu.wgmma(ref, p, v_smem)
+
+  return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in sums)))
+
+
+def two_products(a_smem, b_smem, c_smem, d_smem, *, first, then, on_chip: bool):
+  """then(first(a b^T), c d^T), the second product behind `first`."""
+  if not on_chip:
+    x = first(product(a_smem, b_smem, on_chip=False))
+    return then(x, product(c_smem, d_smem, on_chip=False))
+
+  def run(ab_ref, cd_ref):
+    plgpu.wgmma(ab_ref, a_smem, b_smem.T)
+    plgpu.wgmma(cd_ref, c_smem, d_smem.T)
+    x = first(plgpu.wgmma_accumulator_load(ab_ref, wait_n=1))
+    return then(x, cd_ref[...])
+
+  acc = plgpu.ACC((a_smem.shape[0], b_smem.shape[0]), jnp.float32)
+  return pl.run_scoped(run, acc, acc)
+
+
+def product_behind(q_smem, k_smem, acc, p, v_smem, state, *, issued, update, on_chip: bool):
+  """(update(q k^T), acc + p v), the second product behind the update of the first. `state` has the
+  structure of what `update` returns.
+
+  What `update` returns must not be the p of the next call: its registers would be written while
+  this product still reads them, and ptxas then serializes every wgmma (C7513).
+  """
+  if not on_chip:
+    s = product(q_smem, k_smem, on_chip=False)
+    (acc,) = add_products((acc, p, v_smem), on_chip=False)
+    issued()
+    return update(s), acc
+
+  def run(refs):
+    s_ref, acc_ref, *state_refs = refs
+    plgpu.wgmma(s_ref, q_smem, k_smem.T)
+    plgpu.wgmma(acc_ref, p, v_smem)
+    issued()
+    new = update(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+    for ref, x in zip(state_refs, new, strict=True):
+      ref[...] = x
+
+  s = zeros(q_smem.shape[0], k_smem.shape[0])
+  _, acc, *state = pl.run_state(run)((plgpu.ACC.init(s), plgpu.ACC.init(acc), *state))
+  return tuple(state), acc
+
+
+def specialize(plan: Plan, warpgroup: Array, *, compute, feed) -> None:
+  """The first warpgroups compute; the last feeds them, and gives them its registers."""
+
+  @pl.when(warpgroup < plan.warpgroups)
+  def _():
+    plgpu.set_max_registers(plan.registers, action="increase")
+    compute()
+
+  @pl.when(warpgroup == plan.warpgroups)
+  def _():
+    plgpu.set_max_registers(plan.feeder, action="decrease")
+    feed()
+
+
+def launch(body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: Any):
+  """`plgpu.kernel` with one block of warpgroups per point of the grid."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=plan.warpgroups + 1,
+    thread_name="warpgroup",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=REDUCTION
+    ),
+    scratch_types={"scratch": scratch},
+  )
