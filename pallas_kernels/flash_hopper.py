@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_hopper_backward, hopper, tiles
 from pallas_kernels.flash import Array, Blocks, Extras, Settings, Visits
 from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
-from pallas_kernels.hopper import ROWS, Plan, Ring, Turns, along, padded, pick, row_of, smem, zeros
+from pallas_kernels.hopper import ROWS, Plan, Ring, Turns, along, matrix, numbers, padded, pick, row_of, zeros
 
 backward = flash_hopper_backward.backward
 
@@ -20,8 +20,8 @@ backward = flash_hopper_backward.backward
 def _plan(H: int, h: int) -> Plan:
   """The tiles of the forward pass for head widths that are padded already."""
   if H <= 192 and h <= 128:
-    return Plan(warpgroups=2, others=128, stages=2)
-  return Plan(warpgroups=2, others=64, stages=2)
+    return Plan(warpgroups=2, others=128, stages=(2, 2))
+  return Plan(warpgroups=2, others=64, stages=(2, 2))
 
 
 def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
@@ -201,15 +201,14 @@ def forward(
   H, h = q.shape[-1], v.shape[-1]
   plan = _plan(H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
-  ring = functools.partial(Ring.of, plan.stages, workers)
   scratch = _Scratch(
-    q_smem=smem((workers, ROWS, H), q.dtype),
+    q_smem=matrix(ROWS, H, q.dtype)(workers),
     q_here=plgpu.Barrier(num_barriers=workers),
-    keys=ring(smem((plan.stages, plan.others, H), k.dtype)),
-    values=ring(smem((plan.stages, plan.others, h), v.dtype)),
+    keys=Ring.of(workers, plan.stages[0], matrix(plan.others, H, k.dtype)),
+    values=Ring.of(workers, plan.stages[1], matrix(plan.others, h, v.dtype)),
     turns=plgpu.Barrier(num_barriers=workers),
-    lse_smem=plgpu.SMEM((workers, ROWS), jnp.float32),
-    out_smem=None if h == H else smem((workers, ROWS, hopper.slice_width(h)), v.dtype),
+    lse_smem=numbers(ROWS)(workers),
+    out_smem=None if h == H else matrix(ROWS, hopper.slice_width(h), v.dtype)(workers),
   )
   out, lse = hopper.launch(
     functools.partial(_kernel, Static(plan, settings, N // K, count, on_chip)),

@@ -12,21 +12,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper, tiles
 from pallas_kernels.flash import Array, Extras, Settings, Visits
 from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
-from pallas_kernels.hopper import COLUMN, ROW, ROWS, Plan, Ring, along, pick, row_of, smem, zeros
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, Plan, Ring, along, matrix, numbers, pick, row_of, zeros
 
 
 def plans(H: int, h: int) -> tuple[Plan, Plan]:
   """The tiles of the queries' gradient and of the keys'."""
-  if max(H, h) <= 128:
-    return Plan(warpgroups=2, others=128, stages=2), Plan(warpgroups=2, others=64, stages=2)
-  if max(H, h) <= 192:
-    return Plan(warpgroups=2, others=64, stages=2), Plan(warpgroups=2, others=64, stages=2)
-  return Plan(warpgroups=2, others=64, stages=2), Plan(warpgroups=2, others=64, stages=2)
+  stages = (2, 2) if H + h <= 384 else (2, 1)
+  plan = Plan(warpgroups=2, others=64, stages=stages)
+  return plan, plan
 
 
 class _Inputs(NamedTuple):
   """What both kernels read. In the queries' gradient `lse` (base 2) and `delta` are `B N tiles
-  ROWS`, in the keys' `B N positions`.
+  ROWS`, in the keys' they are `B N positions` and delta comes negated.
   """
 
   q: Any
@@ -96,7 +94,7 @@ class _DQuery:
       for x in (inputs.lse, inputs.delta)
     )
     plgpu.barrier_wait(here)
-    step = functools.partial(self.step, q_smem, d_smem, lse, delta)
+    step = functools.partial(self.step, lse, delta)
     carry = zeros(ROWS, inputs.q.shape[-1]), row_of(0.0)
     carry = lax.fori_loop(0, self.full, functools.partial(step, masked=False), carry)
     dq, d_slope = lax.fori_loop(self.full, self.active, functools.partial(step, masked=True), carry)
@@ -106,8 +104,10 @@ class _DQuery:
     for slope_gmem in slopes_gmem:
       slope_gmem[self.b, self.n, self.row] = d_slope
 
-  def step(self, q_smem, d_smem, lse, delta, t, carry, masked):
+  def step(self, lse, delta, t, carry, masked):
     """One more key block."""
+    wg = hopper.unhoisted(self.wg, t)
+    q_smem, d_smem = (x.at[wg] for x in (self.scratch.q_smem, self.scratch.d_smem))
     dq, d_slope = carry
     inputs, scratch, on_chip = self.inputs, self.scratch, self.static.on_chip
     (k_smem,), (v_smem,) = scratch.keys.take(t), scratch.values.take(t)
@@ -142,7 +142,7 @@ class _KeyScratch(NamedTuple):
   queries: Ring
   """With their log-sum-exp."""
   gradients: Ring
-  """Of the output, with delta."""
+  """Of the output, with -delta."""
 
 
 class _DKey:
@@ -194,45 +194,62 @@ class _DKey:
     plgpu.barrier_wait(here)
 
     def head(n, where, full, active, carry):
-      before, *sums = carry
-      step = functools.partial(self.step, k_smem, v_smem, n, where, before)
-      sums = lax.fori_loop(0, full, functools.partial(step, masked=False), tuple(sums))
+      before, sums = carry
+      step = functools.partial(self.step, n, where, before)
+      sums = lax.fori_loop(0, full, functools.partial(step, masked=False), sums)
       sums = lax.fori_loop(full, active, functools.partial(step, masked=True), sums)
-      return before + active, *sums
+      return before + active, sums
 
     widths = {"dk": inputs.k.shape[-1], "dv": inputs.v.shape[-1]}
-    start = (jnp.int32(0), *(zeros(ROWS, widths[name]) for name in self.wants))
-    _, *sums = self.over_heads(head, start)
-    for name, total, out_gmem in zip(self.wants, sums, self.outputs, strict=True):
+    sums = {name: zeros(ROWS, widths[name]) for name in self.wants}
+    _, sums = self.over_heads(head, (jnp.int32(0), sums))
+    for name, out_gmem in zip(self.wants, self.outputs, strict=True):
       factor, room = (self.static.settings.scale, k_smem) if name == "dk" else (1.0, v_smem)
-      hopper.store((total * factor).astype(out_gmem.dtype), room, out_gmem.at[rows])
+      hopper.store((sums[name] * factor).astype(out_gmem.dtype), room, out_gmem.at[rows])
 
-  def step(self, k_smem, v_smem, n, where, before, s, sums, masked):
+  def step(self, n, where, before, s, sums, masked):
     """One more query block of head n."""
     inputs, scratch, on_chip = self.inputs, self.scratch, self.static.on_chip
     t, width = before + s, self.static.plan.others
+    wg = hopper.unhoisted(self.wg, t)
+    k_smem, v_smem = (x.at[wg] for x in (self.scratch.k_smem, self.scratch.v_smem))
     (q_smem, lse_smem), (d_smem, delta_smem) = scratch.queries.take(t), scratch.gradients.take(t)
     block = inputs.visits.order[(*where, s)]
     tile = Tile(
       self.static.settings, inputs.reads, self.b, n, self.row, block, width, keys_first=True
     )
     row = lambda ref: along(plgpu.load(ref, layout=COLUMN), 1, tile.shape)
-    dtype = inputs.k.dtype
+    s_product = hopper.product(k_smem, q_smem, on_chip=on_chip)
+    p, tanh = _probabilities(tile, masked, row(lse_smem), s_product)
 
-    def then(p_and_tanh, dp):
-      p, tanh = p_and_tanh
-      ds = tiles.d_scores(p, tile.dropped(dp, rescale=True), row(delta_smem))
-      dx = tiles.d_product(ds, tanh, scale=1.0).astype(dtype)
-      return {"dv": (tile.dropped(p, rescale=True).astype(dtype), d_smem), "dk": (dx, q_smem)}
+    # Without dropout dP - delta is one product that begins with -delta, which needs no registers of
+    # its own.
+    dropout = inputs.reads.seeds is not None
+    start = None if dropout or "dk" not in sums else row(delta_smem)
 
-    factors = hopper.two_products(
-      k_smem, q_smem, v_smem, d_smem, then=then, on_chip=on_chip,
-      first=lambda product: _probabilities(tile, masked, row(lse_smem), product),
-    )  # fmt: skip
-    pairs = ((total, *factors[name]) for name, total in zip(self.wants, sums, strict=True))
-    sums = hopper.add_products(*pairs, on_chip=on_chip)
-    scratch.queries.give(t)
+    def d_scores(dp):
+      if dropout:
+        dp = tile.dropped(dp, rescale=True) + row(delta_smem)
+      return (tiles.d_product(p * dp, tanh, scale=1.0),)
+
+    if "dv" in sums:
+      weights = tile.dropped(p, rescale=True).astype(d_smem.dtype)
+    if "dk" not in sums:
+      (dv,) = hopper.add_products((sums["dv"], weights, d_smem), on_chip=on_chip)
+      sums = {"dv": dv}
+    elif "dv" not in sums:
+      (dx,) = d_scores(hopper.product(v_smem, d_smem, start, on_chip=on_chip))
+    else:
+      (dx,), dv = hopper.product_behind(
+        v_smem, d_smem, sums["dv"], weights, d_smem, (p,), update=d_scores, start=start,
+        on_chip=on_chip,
+      )  # fmt: skip
+      sums = sums | {"dv": dv}
     scratch.gradients.give(t)
+    if "dk" in sums:
+      (dk,) = hopper.add_products((sums["dk"], dx.astype(q_smem.dtype), q_smem), on_chip=on_chip)
+      sums = sums | {"dk": dk}
+    scratch.queries.give(t)
     return sums
 
 
@@ -279,7 +296,6 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   plan, _ = plans(H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
   cut = lambda x, value: _padded(x, count * plan.rows, value).reshape(B, N, -1, ROWS)
-  ring = functools.partial(Ring.of, plan.stages, workers)
   types = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   if extras.alibi_slopes is not None:
     types.append(jax.ShapeDtypeStruct((B, N, count * workers, ROWS), jnp.float32))
@@ -289,16 +305,16 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
     grid={"head": N, "block": count, "batch": B},
     out_type=tuple(types),
     scratch=_QueryScratch(
-      q_smem=smem((workers, ROWS, H), q.dtype),
-      d_smem=smem((workers, ROWS, h), v.dtype),
+      q_smem=matrix(ROWS, H, q.dtype)(workers),
+      d_smem=matrix(ROWS, h, v.dtype)(workers),
       here=plgpu.Barrier(num_arrivals=2, num_barriers=workers),
-      keys=ring(smem((plan.stages, plan.others, H), k.dtype)),
-      values=ring(smem((plan.stages, plan.others, h), v.dtype)),
+      keys=Ring.of(workers, plan.stages[0], matrix(plan.others, H, k.dtype)),
+      values=Ring.of(workers, plan.stages[1], matrix(plan.others, h, v.dtype)),
     ),
   )(
     _Inputs(
       q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query,
-      reads(extras, T, S, plan.others),
+      reads(extras, T, S, plan.others, load_positions=H > 192),
     )  # fmt: skip
   )
   return outputs[0], outputs[1].sum((0, 2, 3)) if len(outputs) > 1 else None
@@ -309,11 +325,10 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
   _, plan = plans(H, h)
   count, workers, width = -(-S // plan.rows), plan.warpgroups, plan.others
   length = -(-T // width) * width
-  ring = functools.partial(Ring.of, plan.stages, workers)
-  numbers = plgpu.SMEM((plan.stages, width), jnp.float32)
+  ring = functools.partial(Ring.of, workers)
   inputs = _Inputs(
-    q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(delta, length, 0.0), by_key,
-    reads(extras, T, S, width, keys_first=True),
+    q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(-delta, length, 0.0), by_key,
+    reads(extras, T, S, width, keys_first=True, load_positions=H > 192),
   )  # fmt: skip
   shapes = {"dk": k, "dv": v}
 
@@ -325,11 +340,11 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
       grid={"head": K, "block": count, "batch": B},
       out_type=tuple(jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype) for n in wants),
       scratch=_KeyScratch(
-        k_smem=smem((workers, ROWS, H), k.dtype),
-        v_smem=smem((workers, ROWS, h), v.dtype),
+        k_smem=matrix(ROWS, H, k.dtype)(workers),
+        v_smem=matrix(ROWS, h, v.dtype)(workers),
         here=plgpu.Barrier(num_arrivals=2, num_barriers=workers),
-        queries=ring(smem((plan.stages, width, H), q.dtype), numbers),
-        gradients=ring(smem((plan.stages, width, h), v.dtype), numbers),
+        queries=ring(plan.stages[0], matrix(width, H, q.dtype), numbers(width)),
+        gradients=ring(plan.stages[1], matrix(width, h, v.dtype), numbers(width)),
       ),
     )(inputs)
 

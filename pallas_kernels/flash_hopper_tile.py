@@ -79,15 +79,28 @@ class Reads(NamedTuple):
   q_info: tuple[Operand, ...]
   k_info: tuple[Operand, ...]
   dense: tuple[Operand, ...]
+  columns: Operand | None
+  """The positions along the columns, or None: they are computed. Loops that compute them keep them
+  in registers, one per column, which the accumulators of wide heads need.
+  """
 
 
-def reads(extras: Extras, T: int, S: int, width: int, *, keys_first: bool = False) -> Reads:
+def reads(
+  extras: Extras,
+  T: int,
+  S: int,
+  width: int,
+  *,
+  keys_first: bool = False,
+  load_positions: bool = False,
+) -> Reads:
   """The extras, cut into tiles of `ROWS` x `width`."""
   one = functools.partial(cut, T=T, S=S, width=width, keys_first=keys_first)
   float32 = lambda x: None if x is None else x.astype(jnp.float32)
   bias = extras.bias
   if bias is not None and 1 in bias.shape[2:]:
     bias = float32(bias)
+  columns = jnp.arange(-(-(T if keys_first else S) // width) * width, dtype=jnp.int32)
   return Reads(
     None if bias is None else one(bias),
     float32(extras.alibi_slopes),
@@ -96,6 +109,7 @@ def reads(extras: Extras, T: int, S: int, width: int, *, keys_first: bool = Fals
     tuple(one(x[:, None, :, None]) for x in extras.q_info),
     tuple(one(x[:, None, None, :]) for x in extras.k_info),
     tuple(one(x) for x in extras.dense),
+    Operand(columns.reshape(1, 1, -1, width), 1) if load_positions else None,
   )
 
 
@@ -121,7 +135,10 @@ class Tile:
     """(q_idx, k_idx) of every element."""
     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, self.shape, layout=TILE)
     rows = iota(dimension=0) + self.row * self.shape[0]
-    columns = iota(dimension=1) + self.column * self.shape[1]
+    if self.refs.columns is None:
+      columns = iota(dimension=1) + self.column * self.shape[1]
+    else:
+      columns = self.of(self.refs.columns)
     return (columns, rows) if self.keys_first else (rows, columns)
 
   def scores(self, product: Array) -> tuple[Array, float, Array | None]:

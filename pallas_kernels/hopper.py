@@ -41,11 +41,11 @@ class Plan(NamedTuple):
   """That compute; one more feeds them. Each has `ROWS` rows of the block."""
   others: int
   """How many of the other axis one step takes."""
-  stages: int
-  """Steps whose operands are in shared memory or on the way."""
-  registers: int = 232
-  """Of a thread that computes: 2 x 232 + 40 and 3 x 160 + 32 are what 512 threads' worth allow."""
-  feeder: int = 40
+  stages: tuple[int, int]
+  """Steps whose operands are in shared memory or on the way, of the first ring and the second."""
+  registers: int = 240
+  """Of a thread that computes: 2 x 240 + 24 and 3 x 160 + 32 are what 512 threads' worth allow."""
+  feeder: int = 24
   """Registers of a thread that feeds."""
 
   @property
@@ -64,16 +64,29 @@ def slice_width(width: int) -> int:
   return 64 if width % 64 == 0 else 32
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-  """Shared memory for matrices that bulk copies write and wgmma reads."""
-  columns = slice_width(shape[-1])
+def matrix(rows: int, width: int, dtype: Any) -> Callable[[int], Any]:
+  """How many matrices there are -> the shared memory that bulk copies write and wgmma reads."""
+  columns = slice_width(width)
   transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
+  return lambda count: plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
+
+
+def numbers(length: int) -> Callable[[int], Any]:
+  """How many rows of float32 there are -> the shared memory."""
+  return lambda count: plgpu.SMEM((count, length), jnp.float32)
 
 
 def pick(array: Any, *index: Any) -> tuple[Any, ...]:
   """The index, with 0 where the array has one entry for all."""
   return tuple(0 if size == 1 else i for size, i in zip(array.shape, index, strict=False))
+
+
+def unhoisted(index: Array, step: Array) -> Array:
+  """The index as it is, in a form that a compiler cannot know to be the same in every step (of less
+  than 2^30). The descriptors of the tile that it names are then made where wgmma needs them, in
+  uniform registers, and not kept through the loop in those that accumulators need.
+  """
+  return index + lax.shift_right_logical(step, 30)
 
 
 def zeros(rows: int, columns: int) -> Array:
@@ -111,14 +124,18 @@ class Ring(NamedTuple):
   free: Any
 
   @classmethod
-  def of(cls, stages: int, users: int, *buffers: Any) -> "Ring":
+  def of(cls, users: int, stages: int, *buffers: Callable[[int], Any]) -> "Ring":
     """A ring of `stages` entries, whose every entry `users` warpgroups give back."""
     here = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages)
-    return cls(buffers, here, plgpu.Barrier(num_arrivals=users, num_barriers=stages))
+    free = plgpu.Barrier(num_arrivals=users, num_barriers=stages)
+    return cls(tuple(buffer(stages) for buffer in buffers), here, free)
 
   def slot(self, step: Array) -> Array:
     """Where a step's entry lies."""
-    return lax.rem(step, self.buffers[0].shape[0])
+    stages = self.buffers[0].shape[0]
+    if stages == 1:
+      return unhoisted(jnp.int32(0), step)
+    return step & (stages - 1) if stages & (stages - 1) == 0 else lax.rem(step, stages)
 
   def fill(self, step: Array, *sources: Any) -> None:
     """Starts the copies of a step, once its entry is free."""
@@ -175,20 +192,16 @@ class Turns(NamedTuple):
     pl.when(self.me == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
 
 
-def product(a_smem, b_smem, *, on_chip: bool) -> Array:
-  """a b^T of two tiles in shared memory. In the interpreter both are read by ordinary loads: its
-  race detector watches those and not wgmma.
+def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Array:
+  """a b^T of two tiles in shared memory, added to `start`. In the interpreter both are read by
+  ordinary loads: its race detector watches those and not wgmma.
   """
   if not on_chip:
     a, b = a_smem[...].astype(jnp.float32), b_smem[...].astype(jnp.float32)
     plgpu.commit_smem()
-    return jnp.dot(a, b.T)
-
-  def run(acc_ref):
-    plgpu.wgmma(acc_ref, a_smem, b_smem.T)
-    return acc_ref[...]
-
-  return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[0]), jnp.float32))
+    return jnp.dot(a, b.T) if start is None else start + jnp.dot(a, b.T)
+  acc = zeros(a_smem.shape[0], b_smem.shape[0]) if start is None else start
+  return pl.run_state(lambda ref: plgpu.wgmma(ref, a_smem, b_smem.T))(plgpu.ACC.init(acc))
 
 
 def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Array, ...]:
@@ -224,29 +237,33 @@ def two_products(a_smem, b_smem, c_smem, d_smem, *, first, then, on_chip: bool):
   return pl.run_scoped(run, acc, acc)
 
 
-def product_behind(q_smem, k_smem, acc, p, v_smem, state, *, issued, update, on_chip: bool):
-  """(update(q k^T), acc + p v), the second product behind the update of the first. `state` has the
-  structure of what `update` returns.
+def product_behind(
+  q_smem, k_smem, acc, p, v_smem, state, *, update, issued=None, start=None, on_chip: bool
+):
+  """(update(start + q k^T), acc + p v), the second product behind the update of the first. `state`
+  has the structure of what `update` returns; `issued` runs when both are on their way.
 
   What `update` returns must not be the p of the next call: its registers would be written while
   this product still reads them, and ptxas then serializes every wgmma (C7513).
   """
   if not on_chip:
-    s = product(q_smem, k_smem, on_chip=False)
+    s = product(q_smem, k_smem, start, on_chip=False)
     (acc,) = add_products((acc, p, v_smem), on_chip=False)
-    issued()
+    if issued is not None:
+      issued()
     return update(s), acc
 
   def run(refs):
     s_ref, acc_ref, *state_refs = refs
     plgpu.wgmma(s_ref, q_smem, k_smem.T)
     plgpu.wgmma(acc_ref, p, v_smem)
-    issued()
+    if issued is not None:
+      issued()
     new = update(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
     for ref, x in zip(state_refs, new, strict=True):
       ref[...] = x
 
-  s = zeros(q_smem.shape[0], k_smem.shape[0])
+  s = zeros(q_smem.shape[0], k_smem.shape[0]) if start is None else start
   _, acc, *state = pl.run_state(run)((plgpu.ACC.init(s), plgpu.ACC.init(acc), *state))
   return tuple(state), acc
 
