@@ -128,7 +128,7 @@ class _Forward:
       (v_smem,), (k_smem,) = scratch.values.take(t - 1), scratch.keys.take(t)
       turns.wait()
       (m, l, alpha, p), acc = hopper.product_behind(
-        q_smem, k_smem, acc, p, v_smem, (m, l, m, zeros(*first.shape)), issued=turns.give,
+        scratch.q_smem.at[hopper.unhoisted(self.wg, t)], k_smem, acc, p, v_smem, (m, l, m, zeros(*first.shape)), issued=turns.give,
         update=functools.partial(self.update, t, masked, m, l), on_chip=on_chip,
       )  # fmt: skip
       scratch.values.give(t - 1)
@@ -219,5 +219,5 @@ def forward(
       jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
     ),
     scratch=scratch,
-  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan.others)))
+  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan)))
   return out[..., :width], lse[..., :T]

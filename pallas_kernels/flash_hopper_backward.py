@@ -1,6 +1,7 @@
 """The gradients of softmax attention on Hopper GPUs (sm_90a)."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,12 @@ def plans(H: int, h: int) -> tuple[Plan, Plan]:
   stages = (2, 2) if H + h <= 384 else (2, 1)
   plan = Plan(warpgroups=2, others=64, stages=stages)
   return plan, plan
+
+
+def _bias_plan(H: int, h: int) -> Plan:
+  """The tiles of the bias' gradient: blocks as in the queries' gradient, whose visits it reads."""
+  blocks, _ = plans(H, h)
+  return blocks
 
 
 class _Inputs(NamedTuple):
@@ -253,6 +260,95 @@ class _DKey:
     return sums
 
 
+class _BiasScratch(NamedTuple):
+  """Shared memory of the bias' gradient."""
+
+  queries: Ring
+  """A tile of each warpgroup, with that of the output's gradient."""
+  keys: Ring
+  """With the values."""
+  out_smem: Any
+
+
+class _DBias:
+  """The gradient of one tile of the bias, summed over all tiles of scores that it was added to: an
+  axis that the bias does not have is a loop here.
+  """
+
+  def __init__(self, static: Static, lengths, inputs: _Inputs, state, out_gmem, scratch):
+    self.static, self.inputs, self.state = static, inputs, state
+    self.out_gmem, self.scratch = out_gmem, scratch
+    self.wg = lax.axis_index("warpgroup")
+    self.at = tuple(lax.axis_index(name) for name in ("batch", "head", "row", "column"))
+    self.lengths = lengths
+    """How far each of those axes is a loop."""
+
+  def over_tiles(self, body, carry):
+    """`body(step, b, n, i, j, carry)` for every tile that is visited; returns (steps, carry)."""
+
+    def one(e, steps_and_carry):
+      steps, carry = steps_and_carry
+      index, rest = [], e
+      for at, length in zip(reversed(self.at), reversed(self.lengths), strict=True):
+        index.append(at if length == 1 else lax.rem(rest, length))
+        rest = rest if length == 1 else lax.div(rest, length)
+      where = tuple(reversed(index))
+      visited = self.state[pick(self.state, *where)]
+      visit = lambda carry: (steps + 1, body(steps, *where, carry))
+      return lax.cond(visited > 0, visit, lambda carry: (steps, carry), carry)
+
+    return lax.fori_loop(0, math.prod(self.lengths), one, (jnp.int32(0), carry))
+
+  def feed(self) -> None:
+    """The memory warpgroup: the four operands of every tile that is visited."""
+    inputs, scratch, plan = self.inputs, self.scratch, self.static.plan
+
+    def tile(t, b, n, i, j, carry):
+      rows = b, pl.ds(i * plan.rows, plan.rows), n
+      keys = b, pl.ds(j * plan.others, plan.others), lax.div(n, self.static.group)
+      scratch.queries.fill(t, inputs.q.at[rows], inputs.d_out.at[rows])
+      scratch.keys.fill(t, inputs.k.at[keys], inputs.v.at[keys])
+      return carry
+
+    steps, _ = self.over_tiles(tile, jnp.int32(0))
+    scratch.queries.drain(steps)
+    scratch.keys.drain(steps)
+
+  def compute(self) -> None:
+    """A computing warpgroup: `ROWS` rows of the tile."""
+    inputs, scratch, plan = self.inputs, self.scratch, self.static.plan
+
+    def tile(t, b, n, i, j, total):
+      mine = pl.ds(self.wg * ROWS, ROWS)
+      q_smem, d_smem = (x.at[mine] for x in scratch.queries.take(t))
+      k_smem, v_smem = scratch.keys.take(t)
+      row = i * plan.warpgroups + self.wg
+      tile = Tile(self.static.settings, inputs.reads, b, n, row, j, plan.others)
+      lse, delta = (
+        along(plgpu.load(x.at[b, n, row], layout=ROW, optimized=False), 0, tile.shape)
+        for x in (inputs.lse, inputs.delta)
+      )
+      then = lambda p_and_tanh, dp: p_and_tanh[0] * (tile.dropped(dp, rescale=True) - delta)
+      ds = hopper.two_products(
+        q_smem, k_smem, d_smem, v_smem, then=then, on_chip=self.static.on_chip,
+        first=functools.partial(_probabilities, tile, True, lse),
+      )  # fmt: skip
+      scratch.queries.give(t)
+      scratch.keys.give(t)
+      return total + ds
+
+    _, total = self.over_tiles(tile, zeros(ROWS, plan.others))
+    b, n, r, c = self.at
+    rows = pl.ds((r * plan.warpgroups + self.wg) * ROWS, ROWS)
+    room = scratch.out_smem.at[self.wg]
+    hopper.store(total, room, self.out_gmem.at[b, n, rows, pl.ds(c * plan.others, plan.others)])
+
+
+def _bias_kernel(static: Static, lengths, inputs: _Inputs, state, out_gmem, *, scratch):
+  one = _DBias(static, lengths, inputs, state, out_gmem, scratch)
+  hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
+
+
 def _query_kernel(static: Static, inputs: _Inputs, *outputs, scratch):
   one = _DQuery(static, inputs, outputs, scratch)
   hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
@@ -288,7 +384,8 @@ def backward(
   given = q, k, v, d_out, lse * tiles.LOG2_E, delta
   dq, d_slopes = _d_query(*given, extras, settings, by_query, on_chip)
   dk, dv = _d_key(*given, extras, settings, by_key, on_chip)
-  return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]], None, d_slopes
+  d_bias = None if extras.bias is None else _d_bias(*given, extras, settings, by_query, on_chip)
+  return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]], d_bias, d_slopes
 
 
 def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
@@ -314,7 +411,7 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   )(
     _Inputs(
       q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query,
-      reads(extras, T, S, plan.others, load_positions=H > 192),
+      reads(extras, T, S, plan, load_positions=H > 192),
     )  # fmt: skip
   )
   return outputs[0], outputs[1].sum((0, 2, 3)) if len(outputs) > 1 else None
@@ -328,7 +425,7 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
   ring = functools.partial(Ring.of, workers)
   inputs = _Inputs(
     q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(-delta, length, 0.0), by_key,
-    reads(extras, T, S, width, keys_first=True, load_positions=H > 192),
+    reads(extras, T, S, plan, keys_first=True, load_positions=H > 192),
   )  # fmt: skip
   shapes = {"dk": k, "dv": v}
 
@@ -349,3 +446,47 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
     )(inputs)
 
   return run("dk", "dv") if H + h <= 256 else (*run("dk"), *run("dv"))
+
+
+def _states(by_query: Visits) -> Array:
+  """int32 `b n q_blocks k_blocks`: whether a block is visited."""
+  order, _, active = by_query
+
+  def row(order, active):
+    visited = jnp.arange(len(order), dtype=jnp.int32) < active
+    return jnp.zeros(order.shape, jnp.int32).at[order].max(visited.astype(jnp.int32), mode="drop")
+
+  for _ in range(3):
+    row = jax.vmap(row)
+  return row(order, active)
+
+
+def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
+  (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
+  plan = _bias_plan(H, h)
+  workers, width = plan.warpgroups, plan.others
+  rows, columns = -(-T // plan.rows), -(-S // width)
+  cut = lambda x, value: _padded(x, rows * plan.rows, value).reshape(B, N, -1, ROWS)
+  bias, whole = extras.bias, (B, N, rows, columns)
+  own = [1 if size == 1 else n for size, n in zip(bias.shape, whole, strict=True)]
+  lengths = tuple(n // mine for n, mine in zip(whole, own, strict=True))
+  d_bias = hopper.launch(
+    functools.partial(_bias_kernel, Static(plan, settings, N // K, 0, on_chip), lengths),
+    plan,
+    grid={"column": own[3], "row": own[2], "head": own[1], "batch": own[0]},
+    out_type=jax.ShapeDtypeStruct((*own[:2], own[2] * plan.rows, own[3] * width), jnp.float32),
+    scratch=_BiasScratch(
+      queries=Ring.of(
+        workers, 1, matrix(plan.rows, H, q.dtype), matrix(plan.rows, h, v.dtype)
+      ),
+      keys=Ring.of(workers, 1, matrix(width, H, k.dtype), matrix(width, h, v.dtype)),
+      out_smem=plgpu.SMEM((workers, ROWS, width), jnp.float32),
+    ),
+  )(
+    _Inputs(
+      q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query, reads(extras, T, S, plan)
+    ),
+    _states(by_query),
+  )
+  summed = tuple(axis for axis in (2, 3) if bias.shape[axis] == 1)
+  return d_bias.sum(summed, keepdims=True)[:, :, : bias.shape[2], : bias.shape[3]]

@@ -54,19 +54,21 @@ class Operand:
     return along(x, self.axis, (ROWS, width))
 
 
-def cut(x: Array, T: int, S: int, width: int, *, keys_first: bool) -> Operand:
+def cut(x: Array, S: int, plan: Plan, *, keys_first: bool) -> Operand:
   """`#B #N #T #S` as an operand; in a tile the queries are the rows, or the keys."""
   if x.shape[2:] == (1, 1):
     x = jnp.broadcast_to(x, (*x.shape[:2], 1, S))
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.int8 if 1 not in x.shape[2:] else jnp.int32)
   x = x.swapaxes(2, 3) if keys_first else x
-  units = tuple(1 if size == 1 else unit for size, unit in zip(x.shape[2:], (ROWS, width)))
-  x = jnp.pad(x, ((0, 0), (0, 0), *((0, -size % unit) for size, unit in zip(x.shape[2:], units))))
-  split = x.reshape(*x.shape[:2], x.shape[2] // units[0], units[0], x.shape[3] // units[1], -1)
-  if x.shape[2] == 1:
-    return Operand(split[:, :, 0, 0], 1)
-  return Operand(split[:, :, :, :, 0, 0], 0) if x.shape[3] == 1 else Operand(split, None)
+  R, C = x.shape[2:]
+  rows, columns = plan.rows if R > 1 else 1, plan.others if C > 1 else 1
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, -R % rows), (0, -C % columns)))
+  if R == 1:
+    return Operand(x.reshape(*x.shape[:2], -1, columns), 1)
+  if C == 1:
+    return Operand(x.reshape(*x.shape[:2], -1, ROWS), 0)
+  return Operand(x.reshape(*x.shape[:2], -1, ROWS, x.shape[3] // columns, columns), None)
 
 
 class Reads(NamedTuple):
@@ -89,13 +91,13 @@ def reads(
   extras: Extras,
   T: int,
   S: int,
-  width: int,
+  plan: Plan,
   *,
   keys_first: bool = False,
   load_positions: bool = False,
 ) -> Reads:
-  """The extras, cut into tiles of `ROWS` x `width`."""
-  one = functools.partial(cut, T=T, S=S, width=width, keys_first=keys_first)
+  """The extras, cut into the plan's tiles."""
+  one, width = functools.partial(cut, S=S, plan=plan, keys_first=keys_first), plan.others
   float32 = lambda x: None if x is None else x.astype(jnp.float32)
   bias = extras.bias
   if bias is not None and 1 in bias.shape[2:]:

@@ -200,8 +200,14 @@ def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Arr
     a, b = a_smem[...].astype(jnp.float32), b_smem[...].astype(jnp.float32)
     plgpu.commit_smem()
     return jnp.dot(a, b.T) if start is None else start + jnp.dot(a, b.T)
-  acc = zeros(a_smem.shape[0], b_smem.shape[0]) if start is None else start
-  return pl.run_state(lambda ref: plgpu.wgmma(ref, a_smem, b_smem.T))(plgpu.ACC.init(acc))
+
+  def run(acc_ref):
+    plgpu.wgmma(acc_ref, a_smem, b_smem.T)
+    return acc_ref[...] if start is None else None
+
+  if start is None:
+    return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[0]), jnp.float32))
+  return pl.run_state(run)(plgpu.ACC.init(start))
 
 
 def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Array, ...]:
