@@ -48,25 +48,50 @@ def test_begins_with_how_to_install_and_does_nothing_where_it_is(path):
   exec(first.source.replace(install, "undefined_on_purpose"), {})
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-  """The lesson, executed as a reader would: its folder is where it lies."""
-  notebook = read(ROOT / "notebooks/quickstart.ipynb")
+def execute(name):
+  """A lesson, executed as a reader would: its folder is where it lies."""
+  notebook = read(ROOT / f"notebooks/{name}.ipynb")
   path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
   environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "MPLBACKEND": ""}
   client = nbclient.NotebookClient(
     notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
   )
   client.execute(env={name: value for name, value in environment.items() if value})
+  wrong = [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
+  assert not wrong
   return notebook
 
 
+def pictures(notebook):
+  return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+  return execute("quickstart")
+
+
 @pytest.mark.slow
-def test_runs_without_errors_and_warnings(quickstart):
-  wrong = [o for o in outputs(quickstart) if o.output_type == "error" or o.get("name") == "stderr"]
-  assert not wrong
-  pictures = [o for o in outputs(quickstart) if "image/png" in o.get("data", {})]
-  assert len(pictures) == 4
+def test_it_draws(quickstart):
+  assert len(pictures(quickstart)) == 4
+
+
+@pytest.mark.slow
+def test_masks_and_kernels():
+  """Every claim of the lesson that a number could contradict."""
+  notebook = execute("masks_and_kernels")
+  text = printed(notebook)
+  assert len(pictures(notebook)) == 3
+  assert "queries 8..15: full [0], mixed [1]" in text and "the rule is the mask: True" in text
+  mebibytes = re.search(r"a million tokens: (\d+) MiB", text)
+  assert mebibytes and int(mebibytes[1]) < 64
+  for chip, name in (("NVIDIA H200", "hopper"), ("NVIDIA A100-SXM4-80GB", "cudnn"),
+                     ("TPU v5 lite", "tpu"), ("here", "tiled")):  # fmt: skip
+    assert f"{chip}: dot_product_attention runs {name!r}" in text
+  assert "not 'cudnn': its mask would be a T x S array" in text
+  differences = [float(x) for x in re.findall(r"difference ([\d.e+-]+)", text)]
+  assert len(differences) == 2 and max(differences) < 1e-4
+  assert "first fifty queries: 0.0 any NaN: False" in text
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ S) for `tiled`, forward and backward. Decoding keeps the keys and values: all of
 the last `window`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention import masks, scores, tiled
+from attention import cudnn, flash, masks, scores, tiled
 from attention.dispatch import Implementation, choose
 from attention.dropout import Dropout, kept_array
 from attention.masks import Mask
@@ -43,6 +44,8 @@ class Call(NamedTuple):
   scale: float
   logit_cap: float | None
   dropout: Dropout | None
+  residual: bool
+  """Whether the log-sum-exp is asked for, and so may be differentiated."""
 
 
 @overload
@@ -135,7 +138,8 @@ def dot_product_attention(
       `attention.alibi_slopes`.
     dropout: which probabilities are dropped, from `attention.make_dropout`; the same ones in every
       implementation and sharding. The log-sum-exp is that of all of them.
-    implementation: "reference", "xla" (dense), "tiled"; None: the frugal one for this call (see
+    implementation: "hopper" and "tpu", kernels for these chips; "cudnn"; "tiled", in plain XLA;
+      "xla", dense; "reference". None: the best that runs this call here, forward and backward (see
       `attention.explain`).
     return_residual: also return the log-sum-exp, `B T N` as in `jax.nn`, float32, natural
       logarithm, sinks included.
@@ -151,13 +155,14 @@ def dot_product_attention(
     query, key, value, bias, mask, scale=scale, is_causal=is_causal,
     query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
     local_window_size=local_window_size, logit_cap=logit_cap, sinks=sinks,
-    alibi_slopes=alibi_slopes, dropout=dropout,
+    alibi_slopes=alibi_slopes, dropout=dropout, return_residual=return_residual,
   )  # fmt: skip
   out, lse = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  out = out[0] if query.ndim == 3 else out
+  if not return_residual:
+    return out
   lse = lse.swapaxes(1, 2)
-  if query.ndim == 3:
-    out, lse = out[0], lse[0]
-  return (out, lse) if return_residual else out
+  return out, lse[0] if query.ndim == 3 else lse
 
 
 def _reference(call: Call) -> tuple[Array, Array]:
@@ -246,7 +251,15 @@ def _oracle(call: Call) -> str | None:
   return None if _double(call) else "it is the oracle that the others are tested against"
 
 
+def _on(chip: str) -> Implementation:
+  run, refuse = functools.partial(flash.attend, chip), functools.partial(flash.unsupported, chip)
+  return Implementation(run, refuse)
+
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+  "hopper": _on("hopper"),
+  "tpu": _on("tpu"),
+  "cudnn": Implementation(cudnn.attend, cudnn.unsupported),
   "xla": Implementation(_dense, _double, automatic=_larger_than_a_tile),
   "tiled": Implementation(_tiled, _double),
   "reference": Implementation(_reference, lambda call: None, automatic=_oracle),
@@ -269,6 +282,7 @@ def describe(
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
   dropout: Dropout | None = None,
+  return_residual: bool = False,
 ) -> Call:
   """Checks the arguments of `dot_product_attention` and puts them into the one form that
   implementations read.
@@ -305,7 +319,9 @@ def describe(
   scale = H**-0.5 if scale is None else scale
   modifiers = Modifiers(bias, alibi_slopes)
   dropout = dropout if dropout and dropout.rate else None
-  return Call(query, key, value, whole, modifiers, sinks, scale, logit_cap, dropout)
+  return Call(
+    query, key, value, whole, modifiers, sinks, scale, logit_cap, dropout, return_residual
+  )
 
 
 def _batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

@@ -1,0 +1,51 @@
+"""Which chip a program is being made for."""
+
+import re
+from typing import NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+  """A device, by the words that its driver uses."""
+
+  platform: str
+  """"cpu", "gpu" or "tpu"."""
+  kind: str
+  """The model, such as "NVIDIA H200" or "TPU v5 lite"."""
+
+
+def current() -> Chip:
+  """The chip that operations run on from here: of the mesh in context if it names one, so that a
+  program can be made for a chip that is absent, else the default device.
+  """
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  if described is None:
+    default = jax.config.jax_default_device
+    described = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+  platform = "gpu" if described.platform in ("cuda", "rocm") else described.platform
+  return Chip(platform, described.device_kind)
+
+
+def not_hopper() -> str | None:
+  """Why Hopper's instructions are not to be had, or None."""
+  chip = current()
+  if chip.platform == "gpu" and re.search(r"\bG?H(100|200|800|20)\b", chip.kind):
+    return None
+  return f"it needs a Hopper GPU and this is {chip.kind}"
+
+
+def not_tpu() -> str | None:
+  """Why a TPU's instructions, of v4 or newer, are not to be had, or None."""
+  chip = current()
+  if chip.platform == "tpu" and not re.match(r"TPU v[23]\b", chip.kind):
+    return None
+  return f"it needs a TPU v4 or newer and this is {chip.kind}"
+
+
+def not_nvidia() -> str | None:
+  """Why NVIDIA's libraries are not to be had, or None."""
+  chip = current()
+  if chip.platform == "gpu" and "NVIDIA" in chip.kind:
+    return None
+  return f"it needs an NVIDIA GPU and this is {chip.kind}"

@@ -1,0 +1,172 @@
+"""Softmax attention by a hand-written kernel: what all chips share.
+
+The mask is lowered to visits and a rule (`attention.lowering`), the kernel runs forward, and its
+derivative is put together here: delta = rowsum(dO O) - dlse makes the log-sum-exp differentiable,
+the sinks' gradient follows from it, and the kernel's backward pass does the rest. Which kernel is
+data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash` describes. Kernels
+are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attention import chips, lowering, masks
+from attention.masks import Mask
+from attention.scores import Modifiers
+from pallas_kernels.flash import Extras, Settings
+
+
+class _Static(NamedTuple):
+  """What is known before anything runs."""
+
+  chip: str
+  scale: float
+  logit_cap: float | None
+  dropout_rate: float
+
+
+class _Operands(NamedTuple):
+  """Every array of a call, in one place."""
+
+  q: Array
+  k: Array
+  v: Array
+  modifiers: Modifiers
+  sinks: Array | None
+  dropout_seeds: Array | None
+  mask: Mask
+
+
+def _kernel(chip: str) -> ModuleType:
+  if chip == "hopper":
+    from pallas_kernels import flash_hopper
+
+    return flash_hopper
+  from pallas_kernels import flash_tpu
+
+  return flash_tpu
+
+
+_ABSENT = {"hopper": chips.not_hopper, "tpu": chips.not_tpu}
+
+
+def unsupported(chip: str, call: Any) -> str | None:
+  """Why a call of `dot_product_attention` cannot run here, forward and backward, or None."""
+  if reason := _ABSENT[chip]():
+    return reason
+  static, operands = _split(chip, call)
+  _, extras, settings = _given(static, operands)
+  return _kernel(chip).unsupported(*operands[:3], extras, settings)
+
+
+def attend(chip: str, call: Any) -> tuple[Array, Array]:
+  """The output `B T N h` and the log-sum-exp `B N T`, float32."""
+  return _attend(*_split(chip, call))
+
+
+def _split(chip: str, call: Any) -> tuple[_Static, _Operands]:
+  rate, seeds = (call.dropout.rate, call.dropout.seeds) if call.dropout else (0.0, None)
+  arrays = _Operands(call.query, call.key, call.value, call.modifiers, call.sinks, seeds, call.mask)
+  return _Static(chip, call.scale, call.logit_cap, rate), arrays
+
+
+def _given(static: _Static, operands: _Operands) -> tuple[Mask, Extras, Settings]:
+  """What the kernel is given beside q, k and v, and the mask behind it, cut at the last key."""
+  (T, S), mask = (x.shape[1] for x in operands[:2]), operands.mask
+  blocks = _blocks(static, operands)
+  if any(S % block_k for _, block_k in blocks):
+    mask = mask & masks.prefix(S)
+  lowered = lowering.lower(mask, T, S)
+  extras = Extras(
+    bias=operands.modifiers.bias,
+    alibi_slopes=_float32(operands.modifiers.alibi_slopes),
+    sinks=_float32(operands.sinks),
+    dropout_seeds=operands.dropout_seeds,
+    q_info=lowered.q_info,
+    k_info=lowered.k_info,
+    dense=lowered.dense,
+  )
+  return mask, extras, _settings(static, lowered.rule)
+
+
+def _float32(x: Array | None) -> Array | None:
+  return None if x is None else x.astype(jnp.float32)
+
+
+def _settings(static: _Static, rule: lowering.Rule) -> Settings:
+  return Settings(static.scale, static.logit_cap, static.dropout_rate, rule)
+
+
+def _blocks(static: _Static, operands: _Operands) -> Any:
+  q, k, v = operands[:3]
+  settings = _settings(static, lowering.Rule(jax.tree.structure(operands.mask)))
+  return _kernel(static.chip).blocks(q.shape, k.shape, v.shape, q.dtype, settings)
+
+
+def _visits(mask: Mask, operands: _Operands, blocks: tuple[int, int]) -> Any:
+  return lowering.visits(mask, operands.q.shape[1], operands.k.shape[1], *blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, operands: _Operands):
+  return _forward(static, operands)[0]
+
+
+def _forward(static, operands):
+  out, lse = _run(static, operands)
+  return (out, lse), (operands, out, lse)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(static, operands):
+  mask, extras, settings = _given(static, operands)
+  by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
+  return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _backward(static, saved, gradients):
+  operands, out, lse = saved
+  d_out, d_lse = gradients
+  mask, extras, settings = _given(static, operands)
+  blocks = _blocks(static, operands)
+  product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+  delta = product.sum(-1).swapaxes(1, 2) - d_lse
+  d_sinks = None
+  if extras.sinks is not None:
+    share = jnp.exp(extras.sinks[None, :, None] - lse)
+    d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
+  dq, dk, dv, d_bias, d_slopes = _kernel(static.chip).backward(
+    *operands[:3],
+    d_out.astype(operands.v.dtype),
+    jnp.where(lse == -jnp.inf, jnp.inf, lse),
+    delta,
+    extras,
+    settings,
+    _visits(mask, operands, blocks.d_query)[0],
+    _visits(mask, operands, blocks.d_key)[1],
+  )
+  dq, dk, dv, d_modifiers = jax.tree.map(
+    lambda gradient, x: gradient.astype(x.dtype),
+    (dq, dk, dv, Modifiers(d_bias, d_slopes)),
+    (*operands[:3], operands.modifiers),
+  )
+  given = operands._replace(q=dq, k=dk, v=dv, modifiers=d_modifiers, sinks=d_sinks)
+  return (given._replace(dropout_seeds=None, mask=None),)
+
+
+@_run.defjvp
+@_backward.defjvp
+def _no_second_derivative(static, primals, tangents):
+  raise NotImplementedError(
+    f"the {static.chip!r} kernel is differentiable once, its backward pass recomputes and saves "
+    "nothing; implementation='xla' has derivatives of every order in O(T S) memory"
+  )
+
+
+_attend.defvjp(_forward, _backward)

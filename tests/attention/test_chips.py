@@ -1,0 +1,39 @@
+"""Which chip: by the mesh in context, by the default device; the sentence when it is another."""
+
+import jax
+import pytest
+
+import kit
+from attention import chips
+
+
+def test_the_default_device():
+  assert chips.current() == ("cpu", jax.devices()[0].device_kind)
+  with jax.default_device(jax.devices()[3]):
+    assert chips.current().platform == "cpu"
+
+
+@pytest.mark.parametrize(
+  ("kind", "platform", "hopper", "tpu", "nvidia"),
+  [
+    ("NVIDIA H200", "cuda", True, False, True),
+    ("NVIDIA H100 80GB HBM3", "cuda", True, False, True),
+    ("NVIDIA GH200 480GB", "cuda", True, False, True),
+    ("NVIDIA A100-SXM4-80GB", "cuda", False, False, True),
+    ("NVIDIA B200", "cuda", False, False, True),
+    ("NVIDIA RTX 6000 Ada Generation", "cuda", False, False, True),
+    ("AMD Instinct MI300X", "rocm", False, False, False),
+    ("TPU v5 lite", "tpu", False, True, False),
+    ("TPU7x", "tpu", False, True, False),
+    ("TPU v3", "tpu", False, False, False),
+  ],
+)
+def test_chips_are_told_apart(kind, platform, hopper, tpu, nvidia):
+  with kit.pretend(kind, platform):
+    for reason, here in (
+      (chips.not_hopper(), hopper),
+      (chips.not_tpu(), tpu),
+      (chips.not_nvidia(), nvidia),
+    ):
+      assert (reason is None) == here
+      assert here or kind in reason

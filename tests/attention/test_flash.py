@@ -1,0 +1,121 @@
+"""The op on a chip's kernel, interpreted: lowered masks, every gradient, dispatch and reasons."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+import kit
+from attention import chips, explain, flash, make_dropout, masks
+from attention import dot_product_attention as attend
+from pallas_kernels import flash_hopper
+
+CHIPS = {"hopper": ("NVIDIA H200", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
+
+
+@pytest.fixture(params=CHIPS)
+def chip(request, monkeypatch):
+  """A chip that is pretended to be here; its kernels run in the interpreter, races detected."""
+  platform = {"cuda": "gpu"}.get(CHIPS[request.param][1], CHIPS[request.param][1])
+  monkeypatch.setattr(chips, "current", lambda: chips.Chip(platform, CHIPS[request.param][0]))
+  for name in ("forward", "backward"):
+    run = functools.partial(getattr(flash_hopper, name), on_chip=False)
+    monkeypatch.setattr(flash_hopper, name, run)
+  jax.clear_caches()
+  interpret = {
+    "hopper": lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+    "tpu": lambda: pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
+  }
+  with interpret[request.param]():
+    yield request.param
+  jax.clear_caches()
+
+
+def _case(chip, **shape):
+  """float32 where the chip's kernel has it, so that comparisons are sharp."""
+  return kit.Case(**shape, dtype="bfloat16" if chip == "hopper" else "float32")
+
+
+def test_everything_at_once(chip):
+  """Documents, a window, cap, slopes, sinks and dropout through output and log-sum-exp; every
+  gradient by name.
+  """
+  case = _case(chip, B=2, T=70, S=90, N=4, K=2, H=32, h=32)
+  q, k, v = case.inputs()
+  make = kit.keys(5)
+  extra = {
+    "sinks": jax.random.normal(next(make), (4,)),
+    "alibi_slopes": jax.random.uniform(next(make), (4,)),
+  }
+  ids = jnp.asarray(np.arange(90) // 37, jnp.int32)[None]
+  mask = masks.causal(11) & masks.sliding_window(30) & masks.segments(ids[:, :70], ids)
+  dropout = make_dropout(0.2, jax.random.key(1), 2, 4)
+
+  def run(implementation, q, k, v, extra):
+    def loss(q, k, v, extra):
+      out, lse = attend(
+        q, k, v, mask=mask, logit_cap=4.0, dropout=dropout, implementation=implementation,
+        return_residual=True, **extra,
+      )  # fmt: skip
+      seen = jnp.where(jnp.isfinite(lse), lse, 0.0)
+      return jnp.sin(out.astype(seen.dtype)).sum() + jnp.cos(seen).sum(), (out, lse)
+
+    found = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, extra)
+    (_, (out, lse)), (dq, dk, dv, d_extra) = found
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, **d_extra}
+
+  actual = run(chip, q, k, v, extra)
+  with kit.double():
+    expected = run("reference", *kit.to_double((q, k, v, extra)))
+    expected = jax.tree.map(np.asarray, expected)
+  # bfloat16 rounds p and dS to 8 bits before they are summed; the slopes sum 10^4 of them.
+  kit.assert_trees_close(actual, expected, case.dtype, factor=2)
+
+
+def test_an_empty_row_and_a_second_derivative(chip):
+  case = _case(chip, B=1, T=40, S=40, N=2, K=2, H=32, h=32)
+  q, k, v = case.inputs()
+  mask = masks.causal(-5)
+  run = lambda q: attend(q, k, v, mask=mask, implementation=chip, return_residual=True)
+  out, lse = run(q)
+  assert (np.asarray(out[:, :5], np.float32) == 0).all() and (lse[:, :5] == -np.inf).all()
+  loss = lambda q: run(q)[0].astype(jnp.float32).sum()
+  gradient = jax.grad(loss)(q).astype(jnp.float32)
+  assert np.isfinite(gradient).all() and (gradient[:, :5] == 0).all()
+  with pytest.raises(NotImplementedError, match="differentiable once"):
+    jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum())(q)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_choice_on_each_chip(chip):
+  """The chip's kernel where it runs the call, O(T) memory where it does not, and why."""
+  other = next(name for name in CHIPS if name != chip)
+  x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+  wide = jax.ShapeDtypeStruct((1, 4096, 8, 1024), jnp.bfloat16)
+  with kit.pretend(*CHIPS[chip]):
+    text = explain(attend, x, x, x, is_causal=True)
+    assert text.startswith(f"dot_product_attention runs {chip!r}")
+    assert f"not {other!r}: it needs a" in text
+    text = explain(attend, wide, wide, wide, is_causal=True)
+    assert text.startswith("dot_product_attention runs 'tiled'")
+    assert f"not {chip!r}: head" in text
+    with pytest.raises(NotImplementedError, match=f"{other!r} cannot run this call: it needs"):
+      explain(attend, x, x, x, implementation=other)
+
+
+def test_on_a_cpu_it_stays_tiled():
+  x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+  text = explain(attend, x, x, x, is_causal=True)
+  assert text.startswith("dot_product_attention runs 'tiled'")
+  assert "not 'hopper': it needs a Hopper GPU and this is cpu" in text
+  call = functools.partial(attend, implementation="tpu")
+  with pytest.raises(NotImplementedError, match="it needs a TPU v4 or newer and this is cpu"):
+    call(*(jnp.zeros((1, 8, 2, 64)) for _ in range(3)))
+
+
+def test_kernels_are_imported_when_they_are_asked_about():
+  assert flash._kernel("hopper") is flash_hopper
