@@ -5,6 +5,7 @@ derivative is put together here: delta = rowsum(dO O) - dlse makes the log-sum-e
 the sinks' gradient follows from it, and the kernel's backward pass does the rest. Which kernel is
 data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash` describes. Kernels
 are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
+Under `vmap` a kernel runs once for each element, one after the other; it fills a chip by itself.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
 from attention import chips, lowering, masks
@@ -59,6 +61,8 @@ def unsupported(chip: str, call: Any) -> str | None:
   """Why a call of `dot_product_attention` cannot run here, forward and backward, or None."""
   if reason := _ABSENT[chip]():
     return reason
+  if any(jax.typeof(x).manual_axis_type.varying for x in call[:3]):
+    return "inside of shard_map it needs check_vma=False"
   static, operands = _split(chip, call)
   _, extras, settings = _given(static, operands)
   return _kernel(chip).unsupported(*operands[:3], extras, settings)
@@ -124,33 +128,34 @@ def _forward(static, operands):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(static, operands):
-  mask, extras, settings = _given(static, operands)
-  by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
-  return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
+  def kernel(operands):
+    mask, extras, settings = _given(static, operands)
+    by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
+    return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
+
+  return sequential_vmap(kernel)(operands)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(static, saved, gradients):
   operands, out, lse = saved
   d_out, d_lse = gradients
-  mask, extras, settings = _given(static, operands)
-  blocks = _blocks(static, operands)
   product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1).swapaxes(1, 2) - d_lse
   d_sinks = None
-  if extras.sinks is not None:
-    share = jnp.exp(extras.sinks[None, :, None] - lse)
+  if operands.sinks is not None:
+    share = jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse)
     d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
-  dq, dk, dv, d_bias, d_slopes = _kernel(static.chip).backward(
-    *operands[:3],
-    d_out.astype(operands.v.dtype),
-    jnp.where(lse == -jnp.inf, jnp.inf, lse),
-    delta,
-    extras,
-    settings,
-    _visits(mask, operands, blocks.d_query)[0],
-    _visits(mask, operands, blocks.d_key)[1],
-  )
+
+  def kernel(operands, *rows):
+    mask, extras, settings = _given(static, operands)
+    blocks = _blocks(static, operands)
+    by_query, by_key = (_visits(mask, operands, block) for block in (blocks.d_query, blocks.d_key))
+    given = (*operands[:3], *rows, extras, settings, by_query[0], by_key[1])
+    return _kernel(static.chip).backward(*given)
+
+  rows = d_out.astype(operands.v.dtype), jnp.where(lse == -jnp.inf, jnp.inf, lse), delta
+  dq, dk, dv, d_bias, d_slopes = sequential_vmap(kernel)(operands, *rows)
   dq, dk, dv, d_modifiers = jax.tree.map(
     lambda gradient, x: gradient.astype(x.dtype),
     (dq, dk, dv, Modifiers(d_bias, d_slopes)),

@@ -119,3 +119,20 @@ def test_on_a_cpu_it_stays_tiled():
 
 def test_kernels_are_imported_when_they_are_asked_about():
   assert flash._kernel("hopper") is flash_hopper
+
+
+def test_vmap_and_the_checks_of_shard_map(chip):
+  """A mapped call is the whole call; where its outputs would have to be typed it says what to do."""
+  case = _case(chip, B=2, T=24, S=24, N=2, K=2, H=32, h=32)
+  q, k, v = case.inputs()
+  run = functools.partial(attend, is_causal=True, implementation=chip)
+  one = lambda q, k, v: run(q[None], k[None], v[None])[0]
+  kit.assert_close("vmap", jax.vmap(one)(q, k, v), run(q, k, v), case.dtype)
+  loss = lambda run, q: run(q, k, v).astype(jnp.float32).sum()
+  mapped = jax.grad(functools.partial(loss, jax.vmap(one)))(q)
+  kit.assert_close("gradient", mapped, jax.grad(functools.partial(loss, run))(q), case.dtype)
+  mesh = jax.make_mesh((2,), ("rows",))
+  moved = jax.device_put((q, k, v), jax.NamedSharding(mesh, jax.P("rows")))
+  sharded = jax.shard_map(run, mesh=mesh, in_specs=(jax.P("rows"),) * 3, out_specs=jax.P("rows"))
+  with pytest.raises(NotImplementedError, match="inside of shard_map it needs check_vma=False"):
+    jax.jit(sharded)(*moved)
