@@ -122,7 +122,7 @@ def test_kernels_are_imported_when_they_are_asked_about():
 
 
 def test_vmap_and_the_checks_of_shard_map(chip):
-  """A mapped call is the whole call; where its outputs would have to be typed it says what to do."""
+  """A mapped call is the whole call; where outputs would have to be typed it says what to do."""
   case = _case(chip, B=2, T=24, S=24, N=2, K=2, H=32, h=32)
   q, k, v = case.inputs()
   run = functools.partial(attend, is_causal=True, implementation=chip)
