@@ -1,4 +1,33 @@
-"""Softmax attention on Hopper GPUs (sm_90a)."""
+"""Softmax attention on Hopper GPUs (sm_90a): what it supports, and the forward pass.
+
+One block of threads has 2 x 64 queries of one head and three warpgroups:
+
+    feeder      keys 0   values 0   keys 1   values 1 ...  as entries of the rings become free
+    computer 0  S = Q K_t^T, O += P V_t-1 | softmax of S | S, O | softmax | ...
+    computer 1                            | S, O | softmax | S, O | ...
+
+The feeder's one thread starts bulk copies (TMA) into two rings in shared memory; rows beyond the
+arrays arrive as zeros and leave nowhere, so T and S may be anything. A computer keeps its queries
+in shared memory and the output, m and l in registers. In its turn it starts two products, the
+scores of step t and the output of step t - 1, hands the turn on, and does the softmax of step t
+while its second product and the other computer's run: the overlap within and between warpgroups of
+Shah et al. 2024, https://arxiv.org/abs/2407.08608, sections 3.1 and 3.2.
+
+Which key blocks a block of queries visits comes from the visits, read as scalars from global
+memory: the mixed ones first, whose scores the rule masks, then the full ones in a loop without a
+mask. Bias, infos and dense masks are read where they are needed by ordinary loads, from arrays that
+are cut so that whole numbers name a tile.
+
+Tiles: 128 keys a step where the output has at most 128 columns (H <= 192), else 64; two entries in
+each ring. Registers: 240 per thread that computes, 24 per thread that feeds. Shared memory at H = h
+= 128: Q 32 KiB, K and V 2 x 32 KiB each.
+
+Floor: 4 T S H flops per head at 989 Tflop/s dense (half of it under a causal mask), bytes are
+negligible. A step of a warpgroup at H = 128 is 1024 cycles of tensor core and, in machine code,
+FWDU instructions per thread without a mask and FWDM with a causal one (70 FMNMX, 70 FADD, 66 FFMA,
+66 MUFU, 66 FMUL, 32 F2FP, no barrier of the whole block): about half of the other warpgroup's 1024
+cycles. No chip has run it yet.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,7 +41,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_hopper_backward, hopper, tiles
 from pallas_kernels.flash import Array, Blocks, Extras, Settings, Visits
 from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
-from pallas_kernels.hopper import ROWS, Plan, Ring, Turns, along, matrix, numbers, padded, pick, row_of, zeros
+from pallas_kernels.hopper import (
+  ROWS,
+  Plan,
+  Ring,
+  Turns,
+  along,
+  matrix,
+  numbers,
+  padded,
+  pick,
+  row_of,
+  zeros,
+)
 
 backward = flash_hopper_backward.backward
 
@@ -30,7 +71,9 @@ def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
   H, h = padded(q_shape[-1]), padded(v_shape[-1])
   plan = _plan(H, h)
   d_query, d_key = flash_hopper_backward.plans(H, h)
-  return Blocks((plan.rows, plan.others), (d_query.rows, d_query.others), (d_key.others, d_key.rows))
+  return Blocks(
+    (plan.rows, plan.others), (d_query.rows, d_query.others), (d_key.others, d_key.rows)
+  )
 
 
 def unsupported(q, k, v, extras: Extras, settings: Settings) -> str | None:
@@ -128,7 +171,8 @@ class _Forward:
       (v_smem,), (k_smem,) = scratch.values.take(t - 1), scratch.keys.take(t)
       turns.wait()
       (m, l, alpha, p), acc = hopper.product_behind(
-        scratch.q_smem.at[hopper.unhoisted(self.wg, t)], k_smem, acc, p, v_smem, (m, l, m, zeros(*first.shape)), issued=turns.give,
+        scratch.q_smem.at[hopper.unhoisted(self.wg, t)], k_smem, acc, p, v_smem,
+        (m, l, m, zeros(*first.shape)), issued=turns.give,
         update=functools.partial(self.update, t, masked, m, l), on_chip=on_chip,
       )  # fmt: skip
       scratch.values.give(t - 1)
@@ -139,7 +183,6 @@ class _Forward:
     carry = lax.fori_loop(1, mixed, functools.partial(step, masked=True), carry)
     carry = lax.fori_loop(mixed, self.active, functools.partial(step, masked=False), carry)
     m, l, acc, p = carry
-    turns.end()
     (v_smem,) = scratch.values.take(self.active - 1)
     (acc,) = hopper.add_products((acc, p, v_smem), on_chip=on_chip)
     scratch.values.give(self.active - 1)
@@ -211,6 +254,7 @@ def forward(
     out_smem=None if h == H else matrix(ROWS, hopper.slice_width(h), v.dtype)(workers),
   )
   out, lse = hopper.launch(
+    "flash_forward",
     functools.partial(_kernel, Static(plan, settings, N // K, count, on_chip)),
     plan,
     grid={"head": N, "block": count, "batch": B},

@@ -1,4 +1,29 @@
-"""The gradients of softmax attention on Hopper GPUs (sm_90a)."""
+"""The gradients of softmax attention on Hopper GPUs (sm_90a): no atomics, so two runs have the same
+bits; nothing is visited that the forward pass does not visit.
+
+Two kernels, each with one feeding and two computing warpgroups as in `flash_hopper`:
+
+    flash_d_query    rows are queries, a loop over the key blocks that they visit
+        S = Q K^T, dP = dO V^T    P = 2^(S - lse), dS = P (dP - delta)    dQ += dS K
+    flash_dk_dv      rows are keys of one key head, a loop over its query heads and over the query
+                     blocks that visit them, so the sum over a group of heads is in registers
+        S^T = K Q^T    P^T    dP^T = V dO^T - delta, dV += P^T dO    dS^T    dK += dS^T Q
+
+With the keys as rows, P^T and dS^T are operands in registers; so is dS in the first. Together seven
+products for the five of a kernel that adds dQ up by atomics: the price of the same bits. dP begins
+with -delta, which then needs no registers of its own. The two computers take no turns: while one
+does elementwise work the other's products run.
+
+flash_dk_dv needs (H + h) / 2 registers per thread for its sums. Beyond H + h = 256 it runs twice,
+as flash_dk (three products) and flash_dv (two). flash_d_bias, only where there is a bias: a tile of
+the bias' gradient stays in registers while the kernel recomputes every tile of dS that it was added
+to, so a broadcast axis is a loop, and no array is larger than the bias.
+
+Tiles: 128 queries x 128 keys up to H = 128 in flash_d_query, else 128 x 64; 64 queries x 128 keys
+in flash_dk_dv. Registers 240 and 24. Floor: 14 T S H flops per head (10 with atomics) at 989
+Tflop/s. A step of 64 x 64 of flash_dk_dv at H = 128 is 1024 cycles of tensor core per warpgroup and
+DKVU instructions; of 64 x 128 of flash_d_query 1536 cycles and DQU. No chip has run it yet.
+"""
 
 import functools
 import math
@@ -13,13 +38,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper, tiles
 from pallas_kernels.flash import Array, Extras, Settings, Visits
 from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
-from pallas_kernels.hopper import COLUMN, ROW, ROWS, Plan, Ring, along, matrix, numbers, pick, row_of, zeros
+from pallas_kernels.hopper import (
+  COLUMN,
+  ROW,
+  ROWS,
+  Plan,
+  Ring,
+  along,
+  matrix,
+  numbers,
+  pick,
+  row_of,
+  zeros,
+)
 
 
 def plans(H: int, h: int) -> tuple[Plan, Plan]:
   """The tiles of the queries' gradient and of the keys'."""
-  stages = (2, 2) if H + h <= 384 else (2, 1)
-  plan = Plan(warpgroups=2, others=64, stages=stages)
+  if max(H, h) <= 128:
+    return Plan(warpgroups=2, others=128, stages=(2, 2)), Plan(2, 64, (2, 2))
+  plan = Plan(warpgroups=2, others=64, stages=(2, 2) if H + h <= 384 else (2, 1))
   return plan, plan
 
 
@@ -44,13 +82,13 @@ class _Inputs(NamedTuple):
   reads: Reads
 
 
-def _probabilities(tile: Tile, masked: bool, lse: Array, product: Array) -> tuple[Array, Array]:
-  """(p, the derivative of the scores by scale q . k, or None where it is 1)."""
+def _probabilities(tile: Tile, masked: bool, lse: Array, product: Array):
+  """(p, tanh of the logit cap or None). Masked where the exponent is one fused multiply-add."""
   x, factor, tanh = tile.scores(product)
+  exponent = x * factor - lse
   if masked:
-    x = jnp.where(tile.allowed(), x, -jnp.inf)
-  p = jnp.exp2(x * factor - lse)
-  return p, tanh
+    exponent = jnp.where(tile.allowed(), exponent, -jnp.inf)
+  return jnp.exp2(exponent), tanh
 
 
 class _QueryScratch(NamedTuple):
@@ -171,7 +209,9 @@ class _DKey:
       where = pick(visits.full, self.b, n, self.j)
       return body(n, where, visits.full[where], visits.active[where], carry)
 
-    return lax.fori_loop(0, self.static.group, one, carry)
+    return (
+      one(0, carry) if self.static.group == 1 else lax.fori_loop(0, self.static.group, one, carry)
+    )
 
   def feed(self) -> None:
     """The memory warpgroup: query blocks and what belongs to them, head after head."""
@@ -228,36 +268,41 @@ class _DKey:
     row = lambda ref: along(plgpu.load(ref, layout=COLUMN), 1, tile.shape)
     s_product = hopper.product(k_smem, q_smem, on_chip=on_chip)
     p, tanh = _probabilities(tile, masked, row(lse_smem), s_product)
-
+    weights = tile.dropped(p, rescale=True).astype(d_smem.dtype)
     # Without dropout dP - delta is one product that begins with -delta, which needs no registers of
     # its own.
     dropout = inputs.reads.seeds is not None
-    start = None if dropout or "dk" not in sums else row(delta_smem)
 
     def d_scores(dp):
       if dropout:
         dp = tile.dropped(dp, rescale=True) + row(delta_smem)
       return (tiles.d_product(p * dp, tanh, scale=1.0),)
 
-    if "dv" in sums:
-      weights = tile.dropped(p, rescale=True).astype(d_smem.dtype)
-    if "dk" not in sums:
-      (dv,) = hopper.add_products((sums["dv"], weights, d_smem), on_chip=on_chip)
-      sums = {"dv": dv}
-    elif "dv" not in sums:
-      (dx,) = d_scores(hopper.product(v_smem, d_smem, start, on_chip=on_chip))
-    else:
-      (dx,), dv = hopper.product_behind(
-        v_smem, d_smem, sums["dv"], weights, d_smem, (p,), update=d_scores, start=start,
-        on_chip=on_chip,
-      )  # fmt: skip
-      sums = sums | {"dv": dv}
+    values = functools.partial(
+      self.d_values, sums.get("dv"), weights, v_smem, d_smem, d_scores, like=p
+    )
+    dx, dv = values(None if dropout or "dk" not in sums else row(delta_smem))
     scratch.gradients.give(t)
+    new = {"dv": dv}
     if "dk" in sums:
-      (dk,) = hopper.add_products((sums["dk"], dx.astype(q_smem.dtype), q_smem), on_chip=on_chip)
-      sums = sums | {"dk": dk}
+      terms = sums["dk"], dx.astype(q_smem.dtype), q_smem
+      (new["dk"],) = hopper.add_products(terms, on_chip=on_chip)
     scratch.queries.give(t)
-    return sums
+    return {name: new[name] for name in sums}
+
+  def d_values(self, dv, weights, v_smem, d_smem, d_scores, start, *, like) -> tuple[Any, Any]:
+    """(the gradient of the products, dv with one more block), of which one may be None: nobody
+    wants it.
+    """
+    on_chip = self.static.on_chip
+    if "dk" not in self.wants:
+      return None, *hopper.add_products((dv, weights, d_smem), on_chip=on_chip)
+    if "dv" not in self.wants:
+      return *d_scores(hopper.product(v_smem, d_smem, start, on_chip=on_chip)), None
+    (dx,), dv = hopper.product_behind(
+      v_smem, d_smem, dv, weights, d_smem, (like,), update=d_scores, start=start, on_chip=on_chip
+    )
+    return dx, dv
 
 
 class _BiasScratch(NamedTuple):
@@ -397,6 +442,7 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   if extras.alibi_slopes is not None:
     types.append(jax.ShapeDtypeStruct((B, N, count * workers, ROWS), jnp.float32))
   outputs = hopper.launch(
+    "flash_d_query",
     functools.partial(_query_kernel, Static(plan, settings, N // K, count, on_chip)),
     plan,
     grid={"head": N, "block": count, "batch": B},
@@ -410,8 +456,14 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
     ),
   )(
     _Inputs(
-      q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query,
-      reads(extras, T, S, plan, load_positions=H > 192),
+      q,
+      k,
+      v,
+      d_out,
+      cut(lse, jnp.inf),
+      cut(delta, 0.0),
+      by_query,
+      reads(extras, T, S, plan, load_positions=True),
     )  # fmt: skip
   )
   return outputs[0], outputs[1].sum((0, 2, 3)) if len(outputs) > 1 else None
@@ -425,13 +477,14 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
   ring = functools.partial(Ring.of, workers)
   inputs = _Inputs(
     q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(-delta, length, 0.0), by_key,
-    reads(extras, T, S, plan, keys_first=True, load_positions=H > 192),
+    reads(extras, T, S, plan, keys_first=True, load_positions=H + h >= 256),
   )  # fmt: skip
   shapes = {"dk": k, "dv": v}
 
   def run(*wants):
     static = Static(plan, settings, N // K, count, on_chip)
     return hopper.launch(
+      "flash_" + "_".join(wants),
       functools.partial(_key_kernel, static, wants),
       plan,
       grid={"head": K, "block": count, "batch": B},
@@ -448,13 +501,14 @@ def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
   return run("dk", "dv") if H + h <= 256 else (*run("dk"), *run("dv"))
 
 
-def _states(by_query: Visits) -> Array:
+def visited(by_query: Visits) -> Array:
   """int32 `b n q_blocks k_blocks`: whether a block is visited."""
   order, _, active = by_query
 
   def row(order, active):
-    visited = jnp.arange(len(order), dtype=jnp.int32) < active
-    return jnp.zeros(order.shape, jnp.int32).at[order].max(visited.astype(jnp.int32), mode="drop")
+    named = (jnp.arange(len(order), dtype=jnp.int32) < active).astype(jnp.int32)
+    order = jnp.where(named > 0, order, len(order))
+    return jnp.zeros(order.shape, jnp.int32).at[order].set(named, mode="drop")
 
   for _ in range(3):
     row = jax.vmap(row)
@@ -471,14 +525,13 @@ def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   own = [1 if size == 1 else n for size, n in zip(bias.shape, whole, strict=True)]
   lengths = tuple(n // mine for n, mine in zip(whole, own, strict=True))
   d_bias = hopper.launch(
+    "flash_d_bias",
     functools.partial(_bias_kernel, Static(plan, settings, N // K, 0, on_chip), lengths),
     plan,
     grid={"column": own[3], "row": own[2], "head": own[1], "batch": own[0]},
     out_type=jax.ShapeDtypeStruct((*own[:2], own[2] * plan.rows, own[3] * width), jnp.float32),
     scratch=_BiasScratch(
-      queries=Ring.of(
-        workers, 1, matrix(plan.rows, H, q.dtype), matrix(plan.rows, h, v.dtype)
-      ),
+      queries=Ring.of(workers, 1, matrix(plan.rows, H, q.dtype), matrix(plan.rows, h, v.dtype)),
       keys=Ring.of(workers, 1, matrix(width, H, k.dtype), matrix(width, h, v.dtype)),
       out_smem=plgpu.SMEM((workers, ROWS, width), jnp.float32),
     ),
@@ -486,7 +539,7 @@ def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
     _Inputs(
       q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query, reads(extras, T, S, plan)
     ),
-    _states(by_query),
+    visited(by_query),
   )
   summed = tuple(axis for axis in (2, 3) if bias.shape[axis] == 1)
   return d_bias.sum(summed, keepdims=True)[:, :, : bias.shape[2], : bias.shape[3]]

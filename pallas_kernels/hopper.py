@@ -1,10 +1,20 @@
-"""What kernels for Hopper GPUs are made of: tiles in registers, matrix products, whose turn it is.
+"""What kernels for Hopper GPUs are made of: tiles in registers, matrix products, rings of buffers,
+whose turn it is.
 
 A kernel runs on the chip or in the interpreter, and the two differ in `product`, `add_products`,
-`two_products` and `product_behind` alone (`on_chip`). The interpreter has no accumulator that begins with a value and no
-left operand in registers, and its race detector does not watch wgmma. So there the operands are
-read by ordinary loads, which it does watch: who fills a ring, who reads it, and what orders them
-is checked as it runs on the chip.
+`two_products` and `product_behind` alone (`on_chip`). The interpreter has no accumulator that
+begins with a value and no left operand in registers, and its race detector does not watch wgmma.
+So there the operands are read by ordinary loads, which it does watch: who fills a ring, who reads
+it, and what orders them is checked as it runs on the chip.
+
+What the compiler taught (ptxas 13.5; its warnings are in the tests' figures):
+
+- a value that becomes the next product's left operand must not be made while the product that reads
+  the last one runs, or every wgmma is serialized (C7513);
+- a tile whose place does not change in a loop has its descriptors hoisted out of it, two registers
+  per 16 columns, and spills the accumulators of wide heads: see `unhoisted`;
+- `setmaxnreg` takes effect unless ptxas compiles relocatable code (`-c`, C7504); 240 and 24
+  registers of three warpgroups are the 168 of each at the start.
 """
 
 from collections.abc import Callable
@@ -81,7 +91,7 @@ def pick(array: Any, *index: Any) -> tuple[Any, ...]:
   return tuple(0 if size == 1 else i for size, i in zip(array.shape, index, strict=False))
 
 
-def unhoisted(index: Array, step: Array) -> Array:
+def unhoisted(index: Array, step: Array | int) -> Array:
   """The index as it is, in a form that a compiler cannot know to be the same in every step (of less
   than 2^30). The descriptors of the tile that it names are then made where wgmma needs them, in
   uniform registers, and not kept through the loop in those that accumulators need.
@@ -99,7 +109,7 @@ def row_of(value: Any) -> Array:
   return plgpu.layout_cast(jnp.broadcast_to(jnp.float32(value), (ROWS,)), ROW)
 
 
-def along(x: Array, axis: int, shape: tuple[int, int]) -> Array:
+def along(x: Array, axis: int, shape: tuple[int, ...]) -> Array:
   """A value per row (axis 0) or per column (1), as a tile."""
   return lax.broadcast_in_dim(x, shape, (axis,))
 
@@ -115,8 +125,8 @@ def store(x: Array, smem, gmem) -> None:
 
 
 class Ring(NamedTuple):
-  """Buffers in shared memory that are filled by bulk copies and used in turn. As scratch types, then
-  as refs.
+  """Buffers in shared memory that bulk copies fill and that are used in turn. First the types of
+  scratch, then the refs.
   """
 
   buffers: tuple[Any, ...]
@@ -130,7 +140,7 @@ class Ring(NamedTuple):
     free = plgpu.Barrier(num_arrivals=users, num_barriers=stages)
     return cls(tuple(buffer(stages) for buffer in buffers), here, free)
 
-  def slot(self, step: Array) -> Array:
+  def slot(self, step: Array | int) -> Array | int:
     """Where a step's entry lies."""
     stages = self.buffers[0].shape[0]
     if stages == 1:
@@ -151,17 +161,17 @@ class Ring(NamedTuple):
     wait = lambda step, _: plgpu.barrier_wait(self.free.at[self.slot(step)])
     lax.fori_loop(first, steps, wait, None)
 
-  def take(self, step: Array) -> tuple[Any, ...]:
+  def take(self, step: Array | int) -> tuple[Any, ...]:
     """The entry of a step, when it is here."""
     slot = self.slot(step)
     plgpu.barrier_wait(self.here.at[slot])
     return tuple(buffer.at[slot] for buffer in self.buffers)
 
-  def at(self, step: Array) -> tuple[Any, ...]:
+  def at(self, step: Array | int) -> tuple[Any, ...]:
     """The entry of a step that was taken already."""
     return tuple(buffer.at[self.slot(step)] for buffer in self.buffers)
 
-  def give(self, step: Array) -> None:
+  def give(self, step: Array | int) -> None:
     """This warpgroup needs the entry no more."""
     plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
@@ -187,12 +197,8 @@ class Turns(NamedTuple):
     """To the next."""
     plgpu.barrier_arrive(self.barriers.at[lax.rem(self.me + 1, self.count)])
 
-  def end(self) -> None:
-    """The first takes the turn that nobody needs any more."""
-    pl.when(self.me == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
 
-
-def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Array:
+def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Any:
   """a b^T of two tiles in shared memory, added to `start`. In the interpreter both are read by
   ordinary loads: its race detector watches those and not wgmma.
   """
@@ -210,7 +216,7 @@ def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Arr
   return pl.run_state(run)(plgpu.ACC.init(start))
 
 
-def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Array, ...]:
+def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Any, ...]:
   """acc + p v of every (acc, p, v): p in registers, v in shared memory."""
   if not on_chip:
     total = tuple(
@@ -245,7 +251,7 @@ def two_products(a_smem, b_smem, c_smem, d_smem, *, first, then, on_chip: bool):
 
 def product_behind(
   q_smem, k_smem, acc, p, v_smem, state, *, update, issued=None, start=None, on_chip: bool
-):
+) -> tuple[Any, Any]:
   """(update(start + q k^T), acc + p v), the second product behind the update of the first. `state`
   has the structure of what `update` returns; `issued` runs when both are on their way.
 
@@ -288,7 +294,7 @@ def specialize(plan: Plan, warpgroup: Array, *, compute, feed) -> None:
     feed()
 
 
-def launch(body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: Any):
+def launch(name: str, body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: Any):
   """`plgpu.kernel` with one block of warpgroups per point of the grid."""
   return plgpu.kernel(
     body,
@@ -297,8 +303,7 @@ def launch(body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: An
     grid_names=tuple(grid),
     num_threads=plan.warpgroups + 1,
     thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=REDUCTION
-    ),
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
     scratch_types={"scratch": scratch},
   )
