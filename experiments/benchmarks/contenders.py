@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -166,8 +166,11 @@ class Torch:
   def ask(self, do: str, **request: Any) -> dict[str, Any]:
     """One request and its reply."""
     assert self._process.stdin is not None, "the worker has a pipe"
-    self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-    self._process.stdin.flush()
+    try:
+      self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+      self._process.stdin.flush()
+    except BrokenPipeError as gone:
+      raise RuntimeError("it ended before it was asked") from gone
     return self._reply()
 
   def _reply(self) -> dict[str, Any]:
@@ -177,20 +180,30 @@ class Torch:
       self._said.seek(0)
       said = self._said.read().strip().splitlines()
       raise RuntimeError(said[-1] if said else "it ended without a word")
-    return json.loads(line)
+    reply = json.loads(line)
+    if "refused" in reply:
+      raise RuntimeError(reply["refused"])
+    return reply
 
   def load(self, suite: Suite, T: int) -> None:
     """Hands over the same numbers that the others read."""
+    self.hand_over(arguments(suite, T))
+
+  def hand_over(self, arrays: Sequence[jax.Array]) -> None:
+    """q, k, v and the output's cotangent, float32 [B T N H]."""
     with tempfile.TemporaryDirectory() as folder:
-      for name, array in zip(torch_worker.NAMES, arguments(suite, T), strict=True):
+      for name, array in zip(torch_worker.NAMES, arrays, strict=True):
         pathlib.Path(folder, name).write_bytes(np.asarray(array).tobytes())
-      self.ask("load", folder=folder, shape=[1, T, suite.heads, suite.head_dim])
+      self.ask("load", folder=folder, shape=list(arrays[0].shape))
 
   def error(self, suite: Suite, T: int) -> float:
     """As `error`, of what was loaded."""
     q, k, v, _ = arguments(suite, T)
     want = np.asarray(VARIANTS["softmax"].reference(q, k, v))
+    return float(np.max(np.abs(self.answer(want.shape) - want)) / np.max(np.abs(want)))
+
+  def answer(self, shape: Sequence[int], **request: Any) -> np.ndarray:
+    """Its answer to what was handed over, float32 [B T N H]."""
     with tempfile.TemporaryDirectory() as folder:
-      self.ask("answer", folder=folder)
-      got = np.frombuffer(pathlib.Path(folder, "out").read_bytes(), np.float32)
-    return float(np.max(np.abs(got.reshape(want.shape) - want)) / np.max(np.abs(want)))
+      self.ask("answer", folder=folder, **request)
+      return np.frombuffer(pathlib.Path(folder, "out").read_bytes(), np.float32).reshape(shape)

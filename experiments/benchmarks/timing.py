@@ -40,6 +40,21 @@ def timer(function: Callable[..., Any], arguments: Sequence[Any]) -> Timer:
   return run
 
 
+def queue_timer(function: Callable[..., Any], arguments: Sequence[Any]) -> Timer:
+  """Times a jitted function on a chip that works through a queue: the runs are handed over one
+  after the other and waited for once, so that handing over hides behind the work.
+  """
+
+  def run(repeats: int) -> float:
+    start, last = time.perf_counter(), None
+    for _ in range(repeats):
+      last = function(*arguments)
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / repeats
+
+  return run
+
+
 def state_timer(step: Callable[..., tuple[Any, Any]], state: Any, token: Sequence[Any]) -> Timer:
   """Times a jitted step that hands its state on; it may donate it."""
   held = [state]
@@ -52,6 +67,13 @@ def state_timer(step: Callable[..., tuple[Any, Any]], state: Any, token: Sequenc
     return (time.perf_counter() - start) / repeats
 
   return run
+
+
+def added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+  """The row of two programs that run one after the other, from rows of the same rounds."""
+  both = zip(first["seconds"], second["seconds"], strict=True)
+  repeats = min(first["repeats"], second["repeats"])
+  return Times([a + b for a, b in both], repeats).row()
 
 
 def interleave[Name](

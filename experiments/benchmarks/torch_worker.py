@@ -1,5 +1,5 @@
 """PyTorch's attention behind a pipe, so that two pools of threads never compete: it sleeps unless
-it is asked.
+it is asked. On the CPU in float32 and causal, unless it is told otherwise by `use`.
 
 It reads a JSON object per line and answers with one. It runs under any Python that has torch, which
 need not be the one that has jax, so it imports nothing else that has to be installed.
@@ -25,6 +25,38 @@ class Worker:
   def __init__(self, torch: Any) -> None:
     self.torch = torch
     self.inputs: list[Any] = []
+    self.cotangent: Any = None
+    self.kept: dict[str, Any] = {}
+    self.device, self.dtype = "cpu", torch.float32
+    self.allowed: dict[str, Any] = {"is_causal": True}
+
+  def use(self, device: str, dtype: str, mask: str, documents: list[int]) -> dict[str, Any]:
+    """Where, in what, and under which mask: "full", "causal", "window W" or "documents M", of which
+    `documents` has every token's number. The last two are arrays here.
+    """
+    self.device, self.dtype = device, getattr(self.torch, dtype)
+    self.inputs, self.cotangent, self.kept = [], None, {}
+    if mask in ("full", "causal"):
+      self.allowed = {"is_causal": mask == "causal"}
+      return {}
+    ids = self.torch.tensor(documents, device=device)
+    place = self.torch.arange(len(documents), device=device)
+    behind = place[:, None] - place[None]
+    window = int(mask.split()[1]) if mask.startswith("window") else len(documents)
+    dense = (behind >= 0) & (behind < window) & (ids[:, None] == ids[None])
+    self.allowed = {"attn_mask": dense}
+    return {}
+
+  def make(self, shape: list[int]) -> dict[str, Any]:
+    """Inputs of its own, standard normal; the shape is [B, T, N, H]."""
+    self.torch.manual_seed(0)
+    B, T, N, H = shape
+    self._keep([self.torch.randn(B, N, T, H, device=self.device) for _ in NAMES])
+    return {}
+
+  def _keep(self, tensors: list[Any]) -> None:
+    *qkv, self.cotangent = (x.to(self.device, self.dtype) for x in tensors)
+    self.inputs, self.kept = [x.requires_grad_() for x in qkv], {}
 
   def load(self, folder: str, shape: list[int]) -> dict[str, Any]:
     """Reads q, k, v and the output's cotangent, written as float32 [B, T, N, H]."""
@@ -33,39 +65,56 @@ class Worker:
       data = bytearray(pathlib.Path(folder, name).read_bytes())
       flat = self.torch.frombuffer(data, dtype=self.torch.float32)
       tensors.append(flat.reshape(shape).transpose(1, 2).contiguous())
-    *qkv, self.cotangent = tensors
-    self.inputs = [x.requires_grad_() for x in qkv]
+    self._keep(tensors)
     return {}
 
-  def once(self, kind: str) -> Any:
-    """One call, forward or forward and backward."""
+  def attend(self, backend: str) -> Any:
+    """The output, by one of torch's backends or by its own choice."""
     attend = self.torch.nn.functional.scaled_dot_product_attention
+    if not backend:
+      return attend(*self.inputs, **self.allowed)
+    attention = importlib.import_module("torch.nn.attention")
+    with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+      return attend(*self.inputs, **self.allowed)
+
+  def once(self, kind: str, backend: str = "") -> Any:
+    """One call: forward, forward and backward, or backward alone, of an output that is kept."""
     if kind == "forward":
       with self.torch.no_grad():
-        return attend(*self.inputs, is_causal=True)
-    out = attend(*self.inputs, is_causal=True)
-    return self.torch.autograd.grad(out, self.inputs, self.cotangent)
+        return self.attend(backend)
+    gradients = self.torch.autograd.grad
+    if kind == "forward+backward":
+      return gradients(self.attend(backend), self.inputs, self.cotangent)
+    if backend not in self.kept:
+      self.kept[backend] = self.attend(backend)
+    return gradients(self.kept[backend], self.inputs, self.cotangent, retain_graph=True)
 
-  def time(self, kind: str, repeats: int) -> dict[str, Any]:
-    """Seconds per call."""
+  def _wait(self) -> None:
+    if self.device == "cuda":
+      self.torch.cuda.synchronize()
+
+  def time(self, kind: str, repeats: int, backend: str = "") -> dict[str, Any]:
+    """Seconds per call; on a chip the calls queue up and are waited for once."""
+    self._wait()
     start = time.perf_counter()
     for _ in range(repeats):
-      self.once(kind)
+      self.once(kind, backend)
+    self._wait()
     return {"seconds": (time.perf_counter() - start) / repeats}
 
   def memory(self, kind: str) -> dict[str, Any]:
     """Bytes by which one call raises the peak of this process."""
     tiny = [x[:, :, :16].detach().clone().requires_grad_() for x in self.inputs]
     attend = self.torch.nn.functional.scaled_dot_product_attention
-    self.torch.autograd.grad(attend(*tiny, is_causal=True).sum(), tiny)  # loads what loads once
+    self.torch.autograd.grad(attend(*tiny, **self.allowed).sum(), tiny)  # loads what loads once
     zero = resident.start()
     kept = self.once(kind)
     del kept
     return {"growth": resident.growth(zero)}
 
-  def answer(self, folder: str) -> dict[str, Any]:
+  def answer(self, folder: str, backend: str = "") -> dict[str, Any]:
     """Writes the output, float32 [B, T, N, H]."""
-    out = self.once("forward").transpose(1, 2).contiguous()
+    out = self.once("forward", backend).transpose(1, 2).float().cpu().contiguous()
     content = ctypes.string_at(out.data_ptr(), out.numel() * out.element_size())
     pathlib.Path(folder, "out").write_bytes(content)
     return {}
@@ -78,10 +127,25 @@ def main() -> None:
   torch = importlib.import_module("torch")
   torch.set_num_threads(resident.cores())
   worker = Worker(torch)
-  print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), file=replies)
+  print(json.dumps(versions(torch)), file=replies)
   for line in sys.stdin:
     request = json.loads(line)
-    print(json.dumps(getattr(worker, request.pop("do"))(**request)), file=replies)
+    try:
+      reply = getattr(worker, request.pop("do"))(**request)
+    except RuntimeError as refusal:  # a backend that cannot, or memory that does not suffice
+      reply = {"refused": " ".join(str(refusal).split())}
+    print(json.dumps(reply), file=replies)
+
+
+def versions(torch: Any) -> dict[str, Any]:
+  """What it is and what it uses."""
+  return {
+    "torch": torch.__version__,
+    "threads": torch.get_num_threads(),
+    "cuda": torch.version.cuda,
+    "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+    "devices": torch.cuda.device_count(),
+  }
 
 
 if __name__ == "__main__":
