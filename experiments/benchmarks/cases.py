@@ -1,0 +1,182 @@
+"""What is measured on a chip, as data: masks, shapes, contenders, and in which order.
+
+The table is FlashAttention-3's (Shah et al. 2024, section 4.1, https://arxiv.org/abs/2407.08608):
+16k tokens in all, B T, and 2048 columns in all, N H. Sliding windows and packed documents follow,
+both causal. Operations are counted as there, 2 B N T S (H + h) forward and 2.5 times that backward,
+half of it where causal; of a window and of documents only the pairs that may attend are counted.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final
+
+import jax
+import numpy as np
+
+from attention import masks
+from attention.masks import Mask
+
+K = 1024
+BACKWARD = 2.5  # operations of the backward pass, of those of the forward pass
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+  """One shape under one mask."""
+
+  mask: str
+  """"full", "causal", "window W": the last W tokens, or "documents M": of mean length M, packed."""
+  B: int
+  T: int
+  N: int
+  H: int
+
+  @property
+  def name(self) -> str:
+    """How results and targets write it."""
+    return f"{self.mask} H={self.H} T={self.T}"
+
+  @property
+  def family(self) -> str:
+    """The mask without its size."""
+    return self.mask.split()[0]
+
+  @property
+  def size(self) -> int:
+    """The window, or the mean length of a document."""
+    return int(self.mask.split()[1])
+
+  def documents(self) -> np.ndarray:
+    """The number of the document that each token is of; the same in every process."""
+    if self.family != "documents":
+      return np.zeros(self.T, np.int32)
+    draw = np.random.default_rng(self.size)
+    lengths = np.maximum(1, draw.exponential(self.size, 8 + 4 * self.T // self.size)).astype(int)
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[: self.T]
+
+  def attends(self, rows: np.ndarray) -> np.ndarray:
+    """Which keys some queries may attend to, bool `rows T`."""
+    behind = rows[:, None] - np.arange(self.T)[None]
+    if self.family == "full":
+      return np.full_like(behind, True, dtype=bool)
+    if self.family == "window":
+      return (behind >= 0) & (behind < self.size)
+    ids = self.documents()
+    return (behind >= 0) & (ids[rows][:, None] == ids[None])
+
+  def lowered(self, ids: jax.Array | None) -> Mask:
+    """The mask as ours, of the documents' numbers `1 T` where there are any."""
+    if ids is not None:
+      return masks.causal() & masks.segments(ids)
+    if self.family == "full":
+      return masks.everything()
+    if self.family == "window":
+      return masks.sliding_window(self.size - 1)
+    return masks.causal()
+
+  def pairs(self) -> float:
+    """How many (query, key) count, of all batch rows and one head."""
+    T = self.T
+    if self.family == "full":
+      each = float(T * T)
+    elif self.family == "causal":
+      each = T * T / 2
+    elif self.family == "window":
+      each = float(np.minimum(np.arange(T) + 1, self.size).sum())
+    else:
+      lengths = np.unique(self.documents(), return_counts=True)[1].astype(np.float64)
+      each = float((lengths * (lengths + 1) / 2).sum())
+    return self.B * each
+
+  def operations(self, kind: str) -> float:
+    """Of "forward", "backward" or both."""
+    forward = 4.0 * self.N * self.H * self.pairs()
+    shares = {"forward": 1.0, "backward": BACKWARD, "forward+backward": 1.0 + BACKWARD}
+    return forward * shares[kind]
+
+  def row(self) -> dict[str, object]:
+    """What the results keep of it."""
+    return {"case": self.name, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ChipSuite:
+  """One benchmark on a chip: q, k and v are standard normal, a key head for each query head."""
+
+  device: str
+  """The platform that it needs, "gpu" or "cpu"."""
+  ours: str
+  """Which implementation of `dot_product_attention` is ours."""
+  dtype: str
+  rounds: int
+  least: float
+  """Seconds that one measurement is aimed at; half of it is what it lasts at the worst."""
+  together: int
+  """Cases whose programs are compiled side by side, and then timed."""
+  checks: tuple[str, ...] | None
+  """Which checks of `checks.py`; None is all."""
+  contenders: Mapping[str, tuple[str, ...]]
+  """Family of masks -> who takes part, ours left out."""
+  cases: tuple[Case, ...]
+  """The most telling first: time may run out."""
+
+
+def _case(mask: str, H: int, T: int) -> Case:
+  return Case(mask=mask, B=16 * K // T, T=T, N=2048 // H, H=H)
+
+
+def _gpu_cases() -> tuple[Case, ...]:
+  """The targets' cases, then the rest of 16k, then shorter ones."""
+  partial = ("window 512", "window 1024", "window 4096", "documents 1024", "documents 4096")
+  first = [_case("causal", H, 16 * K) for H in (128, 64)]
+  first += [_case(mask, H, 16 * K) for H in (128, 64) for mask in partial]
+  table = [
+    _case(mask, H, T * K // 2)
+    for T in (32, 8, 2, 16, 4, 1)
+    for H in (128, 64, 256)
+    for mask in ("causal", "full")
+  ]
+  return tuple(dict.fromkeys([*first, *table]))
+
+
+_DENSE = ("jax cuDNN", "tokamax", "torch efficient", "torch cuDNN")
+
+CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
+  "gpu": ChipSuite(
+    device="gpu",
+    ours="hopper",
+    dtype="bfloat16",
+    rounds=5,
+    least=0.04,
+    together=4,
+    checks=None,
+    contenders={
+      "full": ("jax cuDNN", "jax mgpu f16", "tokamax", "torch flash", "torch cuDNN"),
+      "causal": ("jax cuDNN", "jax mgpu f16", "tokamax", "torch flash", "torch cuDNN"),
+      "window": _DENSE,
+      "documents": _DENSE,
+    },
+    cases=_gpu_cases(),
+  ),
+  "gpu-toy": ChipSuite(
+    device="cpu",
+    ours="tiled",
+    dtype="float32",
+    rounds=2,
+    least=0.002,
+    together=3,
+    checks=("causal", "documents, more keys than queries"),
+    contenders={
+      "full": ("jax XLA", "tokamax", "torch math"),
+      "causal": ("jax XLA", "tokamax", "torch math"),
+      "window": ("jax XLA",),
+      "documents": ("jax XLA", "torch math"),
+    },
+    cases=(
+      Case(mask="causal", B=1, T=128, N=2, H=16),
+      Case(mask="full", B=2, T=64, N=2, H=16),
+      Case(mask="window 16", B=1, T=128, N=2, H=16),
+      Case(mask="documents 32", B=1, T=128, N=2, H=16),
+    ),
+  ),
+}
