@@ -1,6 +1,7 @@
 """Measures time and memory of every mechanism and of its peers, against recorded targets.
 
     python -m experiments.benchmark --suite=cpu --check
+    python -m experiments.benchmark --suite=gpu --check        # on a Hopper GPU, in 8 minutes
 
 Contenders of one length are timed by turns, so that they meet the same machine, and judged by
 medians. Each first gives its answer to a short input; a wrong one is refused. Peers are optional:
@@ -10,6 +11,7 @@ tokamax by `pip install 'frugal-attention[peers]'`, PyTorch in this Python or in
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -27,7 +29,18 @@ import jax
 import jax.numpy as jnp
 
 from experiments import flags
-from experiments.benchmarks import contenders, memory, picture, resident, targets, timing
+from experiments.benchmarks import (
+  chip,
+  chip_picture,
+  contenders,
+  memory,
+  picture,
+  resident,
+  targets,
+  timing,
+  tune,
+)
+from experiments.benchmarks.cases import CHIP_SUITES
 from experiments.benchmarks.contenders import BOTH, FORWARD, STEP, Torch
 from experiments.benchmarks.suites import SUITES, Suite
 from experiments.flags import UserError, knob
@@ -43,11 +56,15 @@ SETTLE = 0.05
 class Options:
   """The command line."""
 
-  suite: str = knob("cpu", f"What is measured: {', '.join(SUITES)}.")
+  suite: str = knob("cpu", f"What is measured: {', '.join((*SUITES, *CHIP_SUITES))}.")
   check: bool = knob(False, "Exit 1, naming each target that is missed or was not measured.")
   out: str = knob("", "Results, JSON, with a picture beside them; empty is experiments/results.")
   torch_python: str = knob("", "A Python that has PyTorch, if this one does not.")
   measure: bool = knob(True, "False judges and draws what --out holds.")
+  limit_s: float = knob(
+    480.0, "Seconds after which a suite on a chip leaves out the rest.", "(0, inf)"
+  )
+  tune: bool = knob(False, "Try block sizes on this chip and write pallas_kernels/tuned instead.")
 
 
 def say(text: str) -> None:
@@ -72,7 +89,11 @@ def measure(name: str, torch_python: str = "") -> dict[str, Any]:
     say(f"decoding steps: timed, {time.time() - start:.0f} s since the start")
   return {
     "suite": name,
-    "environment": _environment(suite, torch),
+    "environment": _environment(torch.versions)
+    | {
+      "settle_seconds": SETTLE,
+      "rounds": {"most": suite.rounds, "from": suite.long, "then": suite.few_rounds},
+    },
     "shape": {"B": 1, "N": suite.heads, "K": suite.heads, "H": suite.head_dim, "h": suite.head_dim},
     "absent": absent,
     "errors": errors,
@@ -178,10 +199,11 @@ def _measure_memory(
   return rows
 
 
-def _environment(suite: Suite, torch: Torch) -> dict[str, Any]:
-  """Where and with what the numbers were made."""
-  versions = {"python": platform.python_version(), "torch": torch.versions.get("torch")}
-  for package in ("jax", "jaxlib", "flax", "numpy", "tokamax"):
+def _environment(torch: Mapping[str, Any]) -> dict[str, Any]:
+  """Where and with what the numbers were made, of torch what it tells."""
+  packages = ("jax", "jaxlib", "flax", "numpy", "tokamax")
+  versions = {"python": platform.python_version(), "torch": torch.get("torch")}
+  for package in packages:
     versions[package] = _or_none(lambda package=package: importlib.metadata.version(package))
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -190,11 +212,9 @@ def _environment(suite: Suite, torch: Torch) -> dict[str, Any]:
     "device": jax.devices()[0].device_kind,
     "processor": _processor(),
     "cores": resident.cores(),
-    "torch_threads": torch.versions.get("threads"),
+    "torch_threads": torch.get("threads"),
     "system": f"{platform.system()} {platform.machine()}",
     "versions": versions,
-    "settle_seconds": SETTLE,
-    "rounds": {"most": suite.rounds, "from": suite.long, "then": suite.few_rounds},
   }
 
 
@@ -256,26 +276,69 @@ def times_table(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
   """Measures, writes, draws, prints; returns 1 when asked to check and a target is not met."""
   options = flags.parse(argv, Options(), doc=__doc__ or "")
-  if options.suite not in SUITES:
-    raise UserError(flags.unknown("--suite", options.suite, SUITES))
-  path = pathlib.Path(options.out or RESULTS / f"{options.suite}.json")
-  if options.measure:
-    jax.config.update("jax_platforms", "cpu")
-    _use_cores(SUITES[options.suite].cores)
-    results = measure(options.suite, options.torch_python)
-  else:
-    results = _read(path, options.suite)
+  if options.suite not in {*SUITES, *CHIP_SUITES}:
+    raise UserError(flags.unknown("--suite", options.suite, (*SUITES, *CHIP_SUITES)))
+  on_chip = options.suite in CHIP_SUITES
+  if options.tune and not on_chip:
+    raise UserError(f"--tune goes with {' or '.join(CHIP_SUITES)}, not with {options.suite!r}")
+  path, results = _measured_on_chip(options) if on_chip else _measured(options)
+  if options.tune:
+    return 0
   verdicts = [targets.judge(target, results) for target in targets.load(options.suite)]
   results["targets"] = [verdict._asdict() for verdict in verdicts]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-  path.with_suffix(".png").write_bytes(picture.draw(results))
-  print(times_table(results), targets.table(verdicts), sep="\n\n")
-  unmet = [verdict for verdict in verdicts if verdict.verdict != "met"]
+  _write(path, results)
+  show = chip.table if on_chip else times_table
+  print(show(results), targets.table(verdicts), sep="\n\n")
+  draw = chip_picture.draw if on_chip else picture.draw
+  path.with_suffix(".png").write_bytes(draw(results))
+  unmet = [f"{v.what} ({v.verdict})" for v in verdicts if v.verdict != "met"]
+  if on_chip and results["checks"]["verdict"] != "passed":
+    unmet.insert(0, f"checks: {results['checks']['verdict']}")
   if options.check and unmet:
-    print("\nnot met: " + "; ".join(f"{v.what} ({v.verdict})" for v in unmet), file=sys.stderr)
+    print("\nnot met: " + "; ".join(unmet), file=sys.stderr)
     return 1
   return 0
+
+
+def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Where the results of a suite go, and what they are."""
+  path = pathlib.Path(options.out or RESULTS / f"{options.suite}.json")
+  if not options.measure:
+    return path, _read(path, options.suite)
+  jax.config.update("jax_platforms", "cpu")
+  _use_cores(SUITES[options.suite].cores)
+  return path, measure(options.suite, options.torch_python)
+
+
+def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
+  """The same of a suite on a chip, whose file bears the chip's name."""
+  if not options.measure:
+    made = sorted(RESULTS.glob("*_softmax.json"), reverse=True)
+    path = pathlib.Path(options.out or next(iter(made), RESULTS / "h200_softmax.json"))
+    return path, _read(path, options.suite)
+  name = chip.prepare(options.suite)
+  if options.tune:
+    path = pathlib.Path(options.out or tune.table_of(name))
+    where = _environment({}) | chip.chip_environment()
+    save = functools.partial(_write, path)
+    found = tune.search(CHIP_SUITES[options.suite], options.limit_s, where, say, save)
+    save(found)
+    return path, found
+  path = pathlib.Path(options.out or RESULTS / f"{name}_softmax.json")
+  results = chip.measure(
+    options.suite,
+    environment=_environment({}),
+    torch_python=options.torch_python,
+    limit_s=options.limit_s,
+    say=say,
+    save=functools.partial(_write, path),
+  )
+  return path, results
+
+
+def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: pathlib.Path, suite: str) -> dict[str, Any]:

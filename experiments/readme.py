@@ -4,7 +4,8 @@
 
 rewrites what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and nothing else. A
 number that no program measured has no way into the page: without `experiments/results/cpu.json` it
-says that nothing was measured.
+says that nothing was measured, and without `h200_softmax.json` or `h100_softmax.json` there that no
+such chip was at hand.
 """
 
 import json
@@ -69,11 +70,61 @@ def measured(root: pathlib.Path) -> str:
   return "\n\n".join(parts + absent)
 
 
+# Chips, by the names of their results.
+CHIPS = ("h200", "h100")
+PASSES = ("forward", "backward")
+PENDING = (
+  "GPU numbers pending: no such chip was at hand. On a machine with a Hopper GPU "
+  "`python -m experiments.benchmark --suite=gpu --check` measures them in 8 minutes."
+)
+
+
+def chips(root: pathlib.Path) -> str:
+  """What was measured on GPUs: a table, a picture and the targets of each, or that none was."""
+  found = [(chip, _results(root, f"{chip}_softmax")) for chip in CHIPS]
+  parts = [part for chip, results in found if results for part in _chip(root, chip, results)]
+  return "\n\n".join(parts) or PENDING
+
+
+def _chip(root: pathlib.Path, chip: str, results: Mapping[str, Any]) -> list[str]:
+  where, checked = results["environment"], results["checks"]
+  lead = (
+    f"{where['device']}, {results['dtype']}, jax {where['versions']['jax']}, {where['date'][:10]}, "
+    f"commit {where['commit']}; checks {checked['verdict']} ({len(checked['rows'])} run); medians, "
+    f"by `{where['command']}`. TFLOP/s at the longest T, forward / backward; of windows and "
+    "documents only the pairs that may attend count."
+  )
+  parts = [lead, _rates(results)]
+  if (root / RESULTS / f"{chip}_softmax.png").exists():
+    alt = f"TFLOP/s against sequence length on {where['device']}, ours beside its peers"
+    parts.append(f"![{alt}]({RESULTS}/{chip}_softmax.png)")
+  parts += ["Asked for, and reached:", _verdicts(results)]
+  parts += [f"{name} was absent: {why}." for name, why in results["absent"].items()]
+  if left := len(results["unmeasured"]):
+    parts.append(f"{left} of {len(results['cases'])} cases were not measured.")
+  return parts
+
+
+def _rates(results: Mapping[str, Any]) -> str:
+  """A line per case at the longest T, a column per contender."""
+  longest = max(case["T"] for case in results["cases"])
+  found = {(r["case"], r["contender"], r["kind"]): f"{r['tflops']:.0f}" for r in results["times"]}
+  names = list(dict.fromkeys(row["contender"] for row in results["times"]))
+  lines = []
+  for case in (case for case in results["cases"] if longest == case["T"]):
+    pairs = [[found.get((case["case"], n, kind), "-") for kind in PASSES] for n in names]
+    if any(pair != ["-", "-"] for pair in pairs):
+      cells = ("" if pair == ["-", "-"] else " / ".join(pair) for pair in pairs)
+      lines.append([f"{case['mask']}, H={case['H']}", *cells])
+  return _table([f"T={longest}", *names], lines, right=True)
+
+
 BLOCKS: Mapping[str, Callable[[pathlib.Path], str]] = {
   "picture": picture,
   "curve": curve,
   "mechanisms": mechanisms,
   "measured": measured,
+  "chips": chips,
 }
 
 
@@ -94,8 +145,8 @@ def rewrite(text: str, root: pathlib.Path = ROOT) -> str:
   return text
 
 
-def _results(root: pathlib.Path) -> Mapping[str, Any] | None:
-  path = root / RESULTS / "cpu.json"
+def _results(root: pathlib.Path, name: str = "cpu") -> Mapping[str, Any] | None:
+  path = root / RESULTS / f"{name}.json"
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

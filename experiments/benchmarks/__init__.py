@@ -8,4 +8,13 @@ resident.py       the resident memory of this process; knows nothing of jax
 torch_worker.py   PyTorch in a process of its own, and of its own interpreter if need be
 targets.json      what the numbers must reach; targets.py judges
 picture.py        time and memory against length
+
+On a chip:
+
+cases.py          suites as data: masks, shapes, contenders, in the order of what they tell
+checks.py         whether our kernel is right on this chip, in a process that may fail
+rivals.py         a contender's name and a case -> the programs that are timed
+chip.py           the run: checks, turns, the time that there is
+chip_picture.py   TFLOP/s against length
+tune.py           which block sizes are the fastest; writes pallas_kernels/tuned
 """

@@ -30,8 +30,7 @@ PANELS: Final = (
 
 def draw(results: Mapping[str, Any]) -> bytes:
   """The page, as PNG bytes."""
-  figure = Figure(figsize=(11, 8.6), layout="constrained", facecolor="white")
-  FigureCanvasAgg(figure)
+  figure = page(11, 8.6)
   axes = figure.subplots(2, 2)
   for panel, (table, kind, title) in zip(axes.flat, PANELS, strict=True):
     _panel(panel, [row for row in results[table] if row["kind"] == kind], table, title)
@@ -46,9 +45,32 @@ def draw(results: Mapping[str, Any]) -> bytes:
     labelcolor=INK,
   )
   figure.suptitle(_title(results), color=INK, fontsize=10)
+  return png(figure)
+
+
+def page(width: float, height: float) -> Figure:
+  """An empty page, in inches."""
+  figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def png(figure: Figure) -> bytes:
+  """The page as a file; the same results give the same bytes."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
   return buffer.getvalue()
+
+
+def quiet(axes: Axes) -> None:
+  """Gray axes and a faint grid, so that what is drawn stands out."""
+  axes.tick_params(colors=MUTED)
+  axes.grid(color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  for side in ("left", "bottom"):
+    axes.spines[side].set_color(GRID)
 
 
 def _title(results: Mapping[str, Any]) -> str:
@@ -74,16 +96,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], table: str, title: str
   axes.set_yscale("log")
   axes.set_title(title, loc="left", color=INK, fontsize=11)
   axes.set_xlabel("T, tokens", color=MUTED)
-  axes.xaxis.set_major_formatter(FuncFormatter(_length))
+  axes.xaxis.set_major_formatter(FuncFormatter(length))
   axes.xaxis.set_minor_locator(NullLocator())
   axes.yaxis.set_major_formatter(FuncFormatter(_bytes if table == "memory" else _seconds))
-  axes.tick_params(colors=MUTED)
-  axes.grid(color=GRID, linewidth=0.8)
-  axes.set_axisbelow(True)
-  for side in ("top", "right"):
-    axes.spines[side].set_visible(False)
-  for side in ("left", "bottom"):
-    axes.spines[side].set_color(GRID)
+  quiet(axes)
 
 
 def _value(row: Mapping[str, Any], table: str) -> float:
@@ -91,7 +107,8 @@ def _value(row: Mapping[str, Any], table: str) -> float:
   return max(row["growth"], 4096) if table == "memory" else row["median"]
 
 
-def _length(T: float, _: Any) -> str:
+def length(T: float, _: Any) -> str:
+  """A number of tokens on an axis."""
   return f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"
 
 

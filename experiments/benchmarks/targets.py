@@ -2,7 +2,10 @@
 
 A target asks for one number: the `ratio` of two rows' median times, the `exponent` of time in T
 over all lengths of a contender, or the `memory` that a call adds, as a multiple of q, k, v and the
-output together. A row is written contender/kind/T. A number that was not measured is not met.
+output together; on a chip also the `rate` of a row in TFLOP/s, as a multiple of the number that
+somebody has `published`, if one is given. A row is written contender/kind/T, or on a chip
+contender/kind/case. Where the first of a ratio is a list, it is the fastest of those that were
+measured. A number that was not measured is not met.
 """
 
 import json
@@ -38,7 +41,7 @@ def load(suite: str) -> list[dict[str, Any]]:
 
 def key(row: Row) -> str:
   """How targets write a row."""
-  return f"{row['contender']}/{row['kind']}/{row['T']}"
+  return f"{row['contender']}/{row['kind']}/{row.get('case', row['T'])}"
 
 
 def judge(target: Mapping[str, Any], results: Mapping[str, Any]) -> Verdict:
@@ -47,13 +50,23 @@ def judge(target: Mapping[str, Any], results: Mapping[str, Any]) -> Verdict:
   try:
     measured, spread = _measure(target, results)
   except KeyError as missing:
-    who = str(missing.args[0])
-    absent = results["absent"]
-    why = absent.get("memory" if "memory" in target else who.split("/")[0])
-    why = why or absent.get(who.split("/")[0], f"there is no row {who}")
+    why = _why(str(missing.args[0]), target, results)
     return Verdict(target["what"], bound, None, None, "unmeasured", why)
   met = all(holds(measured, target[name]) for name, holds in _BOUNDS.items() if name in target)
   return Verdict(target["what"], bound, measured, spread, "met" if met else "missed")
+
+
+def _why(row: str, target: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+  """Why there is no such row."""
+  who, kind, case = [*row.split("/", 2), "", ""][:3]
+  absent, refused = results["absent"], results.get("refused", {})
+  reasons = [
+    absent.get("memory") if "memory" in target else None,
+    absent.get(who),
+    results.get("unmeasured", {}).get(case),
+    *(refused.get(f"{who}/{one}/{case}") for one in kind.split("+")),
+  ]
+  return next((why for why in reasons if why), f"there is no row {row}")
 
 
 _BOUNDS = {
@@ -68,9 +81,13 @@ def _measure(
   """The number, and the lowest, median and highest of its rounds; KeyError names a missing row."""
   times = {key(row): row for row in results["times"]}
   if "ratio" in target:
-    over, under = (times[name] for name in target["ratio"])
+    over, under = _fastest(target["ratio"][0], times), times[target["ratio"][1]]
     rounds = [a / b for a, b in zip(over["seconds"], under["seconds"], strict=True)]
     return over["median"] / under["median"], (min(rounds), statistics.median(rounds), max(rounds))
+  if "rate" in target:
+    row, unit = times[target["rate"]], target.get("published", {}).get("tflops", 1.0)
+    rates = [row["tflops"] * row["median"] / seconds / unit for seconds in row["seconds"]]
+    return row["tflops"] / unit, (min(rates), statistics.median(rates), max(rates))
   if "exponent" in target:
     rows = [row for name, row in times.items() if name.rpartition("/")[0] == target["exponent"]]
     if len(rows) < 2:
@@ -79,6 +96,14 @@ def _measure(
   memory = {key(row): row for row in results["memory"]}
   row = memory[target["memory"]]
   return row["growth"] / row["qkvo"], None
+
+
+def _fastest(names: str | Sequence[str], times: Mapping[str, Row]) -> Row:
+  """The row of a name, or of several the one that took the least time."""
+  if isinstance(names, str):
+    return times[names]
+  there = [times[name] for name in names if name in times]
+  return min(there, key=lambda row: row["median"]) if there else times[names[0]]
 
 
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:

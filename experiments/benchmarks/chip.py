@@ -1,0 +1,312 @@
+"""A suite on a chip: checks first, then everybody by turns, until the time is up.
+
+Results are handed on after every step, so that a run that is cut short leaves what it measured.
+"""
+
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from attention.ops.softmax import IMPLEMENTATIONS
+from experiments.benchmarks import checks, rivals, timing
+from experiments.benchmarks.cases import CHIP_SUITES, Case, ChipSuite
+from experiments.benchmarks.contenders import BOTH, Torch
+from experiments.benchmarks.rivals import Inputs, Ready
+from experiments.flags import UserError
+
+CHECKS_SHARE = 0.4  # of the time, at most
+HANG = 240.0  # seconds without progress after which a kernel counts as one that never ends
+METHOD = (
+  "Each number is the mean time of calls that are queued up on the chip and waited for once; calls "
+  "are repeated so that one measurement lasts 20 ms or more. Contenders take turns, every other "
+  "round in reverse, and medians over rounds are judged. Backward is the pulled-back call of "
+  "jax.vjp alone, its residuals held on the device (torch: autograd.grad with the graph kept); "
+  "forward+backward is the sum of the two, round by round. TFLOP/s count 2 B N T S (H + h) forward "
+  "and 2.5 times that backward, half of it where causal, and of windows and documents only the "
+  "pairs that may attend."
+)
+
+
+def prepare(name: str) -> str:
+  """Chooses the platform of a suite before jax starts; returns the chip's name for files.
+
+  Raises:
+    UserError: what is missing on this machine.
+  """
+  suite = CHIP_SUITES[name]
+  # torch needs memory beside us, and so does the process that checks.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  if suite.device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that we start
+    jax.config.update("jax_platforms", "cpu")
+  device = jax.devices()[0]
+  chip = chip_name(device.device_kind) if suite.device == "gpu" else "cpu"
+  if device.platform != suite.device or chip is None:
+    raise UserError(
+      f"--suite={name} needs a Hopper GPU (H100, H200) and jax[cuda13], and here jax "
+      f"{jax.__version__} computes on {device.device_kind}"
+    )
+  if suite.ours not in IMPLEMENTATIONS:
+    raise UserError(
+      f"--suite={name} measures the implementation {suite.ours!r} of dot_product_attention, and "
+      f"there are only {', '.join(IMPLEMENTATIONS)}"
+    )
+  return chip
+
+
+def chip_name(kind: str) -> str | None:
+  """ "h200" of "NVIDIA H200"; None of what is no Hopper GPU."""
+  found = re.search(r"\bG?(H(?:100|200|800|20))\b", kind)
+  return found.group(1).lower() if found else None
+
+
+def measure(
+  name: str,
+  *,
+  environment: Mapping[str, Any],
+  torch_python: str,
+  limit_s: float,
+  say: Callable[[str], None],
+  save: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+  """Runs a suite. `limit_s` is the time for all of it; what is left out is listed."""
+  suite, start = CHIP_SUITES[name], time.monotonic()
+  deadline = start + limit_s
+  results: dict[str, Any] = {
+    "suite": name,
+    "environment": dict(environment) | chip_environment(),
+    "method": METHOD,
+    "ours": suite.ours,
+    "dtype": suite.dtype,
+    "cases": [case.row() for case in suite.cases],
+    "absent": {},
+    "refused": {},
+    "errors": {},
+    "times": [],
+    "unmeasured": {case.name: "the run ended before it" for case in suite.cases},
+  }
+  until = start + CHECKS_SHARE * limit_s
+  results["checks"] = checks.run(suite.ours, suite.checks, until, say)
+  save(results)
+  with Torch(torch_python) as torch:
+    results["environment"]["torch"] = torch.versions
+    results["environment"]["versions"] |= {"torch": torch.versions.get("torch")}
+    results["absent"] = _absent(suite, torch)
+    for who, why in results["absent"].items():
+      say(f"absent: {who}: {why}")
+    _time_all(suite, torch, deadline, results, say, save)
+  results["seconds"] = time.monotonic() - start
+  results["environment"]["clocks_after"] = nvidia_smi()
+  save(results)
+  return results
+
+
+def _absent(suite: ChipSuite, torch: Torch) -> dict[str, str]:
+  names = dict.fromkeys(who for group in suite.contenders.values() for who in group)
+  return {who: why for who in names if (why := rivals.absent(who, torch))}
+
+
+def _time_all(
+  suite: ChipSuite,
+  torch: Torch,
+  deadline: float,
+  results: dict[str, Any],
+  say: Callable[[str], None],
+  save: Callable[[Mapping[str, Any]], None],
+) -> None:
+  """Every case, a few at a time; one is begun only if it can end in time as the slowest did."""
+  start, slowest = time.monotonic(), 0.0
+  for first in range(0, len(suite.cases), suite.together):
+    group, begun = suite.cases[first : first + suite.together], time.monotonic()
+    if begun + slowest > deadline:
+      left = suite.cases[first:]
+      results["unmeasured"] |= {case.name: "the time was up (--limit_s)" for case in left}
+      say(f"time is up: {len(left)} cases were not measured")
+      return
+    with watched(f"{group[0].name} and the {len(group) - 1} after it", say):
+      ready = _compile(suite, group, results["absent"])
+      for case in group:
+        given, rivals_ready = ready.pop(case)
+        rows = _time_case(suite, case, rivals_ready, torch, results)
+        del given, rivals_ready
+        gc.collect()
+        say(f"{case.name}: {rows} rows, {time.monotonic() - start:.0f} s of timing")
+        save(results)
+    slowest = max(slowest, time.monotonic() - begun)
+
+
+def _compile(
+  suite: ChipSuite, group: Sequence[Case], absent: Mapping[str, str]
+) -> dict[Case, tuple[Inputs, dict[str, Ready]]]:
+  """The contenders of this process, of several cases, compiled side by side."""
+  given = {case: rivals.inputs(suite, case) for case in group}
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
+    tasks = {
+      (case, who): pool.submit(_prepared, who, suite, case, given[case])
+      for case in group
+      for who in (suite.ours, *suite.contenders[case.family])
+      if who not in absent and who not in rivals.TORCH
+    }
+  found: dict[Case, tuple[Inputs, dict[str, Ready]]] = {c: (given[c], {}) for c in group}
+  for (case, who), task in tasks.items():
+    found[case][1][who] = task.result()
+  return found
+
+
+def _prepared(who: str, suite: ChipSuite, case: Case, given: Inputs) -> Ready:
+  try:
+    return rivals.prepare(rivals.rival(who, suite, case), given)
+  except Exception as problem:  # a library that cannot be imported, or has changed
+    return Ready({}, dict.fromkeys(rivals.KINDS, rivals.one_line(problem)))
+
+
+def _time_case(
+  suite: ChipSuite,
+  case: Case,
+  ready: dict[str, Ready],
+  torch: Torch,
+  results: dict[str, Any],
+) -> int:
+  """Times one case and writes its rows, and who could not take part; returns how many there are."""
+  by_torch = [
+    who
+    for who in suite.contenders[case.family]
+    if who in rivals.TORCH and who not in results["absent"]
+  ]
+  if by_torch:
+    ready = ready | rivals.prepare_torch(by_torch, suite, case, torch)
+  timers: dict[tuple[str, str], timing.Timer] = {}
+  for who, one in ready.items():
+    wrong = _wrong(suite, who, one)
+    if one.error is not None:
+      results["errors"][f"{who}/{case.name}"] = one.error
+    if wrong and who == suite.ours:
+      results["checks"]["verdict"] = "failed"
+      row = {"name": f"answer at {case.name}", "quantities": {}, "failed": [wrong]}
+      results["checks"]["rows"].append(row)
+    for kind in rivals.KINDS:
+      if kind in one.timers and not (wrong and who != suite.ours):
+        timers[who, kind] = one.timers[kind]
+      else:
+        results["refused"][f"{who}/{kind}/{case.name}"] = one.refused.get(kind, wrong)
+  try:
+    measured = timing.interleave(timers, suite.rounds, least=suite.least, most_repeats=2000)
+  except Exception as problem:  # a kernel that fails only when it is repeated
+    results["unmeasured"][case.name] = rivals.one_line(problem)
+    return 0
+  rows = _rows(case, {key: times.row() for key, times in measured.items()})
+  results["times"] += rows
+  del results["unmeasured"][case.name]
+  return len(rows)
+
+
+def _wrong(suite: ChipSuite, who: str, one: Ready) -> str:
+  """What is wrong with an answer, or ""."""
+  limit = rivals.TOLERANCE["float16" if who.endswith("f16") else suite.dtype]
+  if one.error is None or one.error <= limit:
+    return ""
+  return f"its answer is wrong: an error of {one.error:.3g} of the largest value of a row"
+
+
+def _rows(case: Case, measured: Mapping[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+  rows = dict(measured)
+  for who, kind in measured:
+    if kind == rivals.BACKWARD and (who, rivals.FORWARD) in measured:
+      rows[who, BOTH] = timing.added(measured[who, rivals.FORWARD], measured[who, kind])
+  return [
+    {"contender": who, "kind": kind, **case.row()}
+    | row
+    | {"tflops": case.operations(kind) / row["median"] / 1e12}
+    for (who, kind), row in rows.items()
+  ]
+
+
+@contextlib.contextmanager
+def watched(what: str, say: Callable[[str], None]) -> Generator[None]:
+  """Ends the program if what is inside never does: a kernel on the chip cannot be interrupted."""
+
+  def end() -> None:
+    say(
+      f"no progress in {HANG:g} s during {what}: a kernel does not end. What was measured before "
+      "it is saved; --measure=false draws and judges that"
+    )
+    sys.stderr.flush()
+    os._exit(3)
+
+  timer = threading.Timer(HANG, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """TFLOP/s, a line per case and kind, a column per contender; then what is wrong or missing."""
+  rows = {(r["case"], r["kind"], r["contender"]): r["tflops"] for r in results["times"]}
+  names = list(dict.fromkeys(who for _, _, who in rows))
+  lines = [f"{'TFLOP/s':<46}" + "".join(f"{name:>17}" for name in names)]
+  for case, kind in dict.fromkeys((case, kind) for case, kind, _ in rows):
+    cells = (rows.get((case, kind, name)) for name in names)
+    texts = (f"{'' if cell is None else f'{cell:.4g}':>17}" for cell in cells)
+    lines.append((f"{f'{case}, {kind}':<46}" + "".join(texts)).rstrip())
+  checked = results["checks"]
+  lines.append(f"checks: {checked['verdict']} ({len(checked['rows'])} run)")
+  for row in checked["rows"]:
+    lines += [f"  {row['name']}: {what}" for what in row["failed"]]
+  lines += [f"  not run: {name}" for name in checked["not_run"]]
+  lines += [f"{who}: absent: {why}" for who, why in results["absent"].items()]
+  lines += [f"{what}: refused: {why}" for what, why in results["refused"].items()]
+  lines += [f"{case}: not measured: {why}" for case, why in results["unmeasured"].items()]
+  return "\n".join(lines)
+
+
+def chip_environment() -> dict[str, Any]:
+  """The chip, its driver and clocks, and the libraries that jax brought."""
+  device = jax.devices()[0]
+  return {
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "libraries": libraries(),
+    "nvidia_smi": nvidia_smi(),
+    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }
+
+
+def libraries() -> dict[str, str]:
+  """The versions of NVIDIA's libraries and jax's plugins that pip installed."""
+  found = {}
+  for distribution in importlib.metadata.distributions():
+    name = (distribution.name or "").lower().replace("_", "-")
+    if re.match(r"jax-cuda|nvidia-(cuda|cudnn|cublas)|triton$", name):
+      found[name] = distribution.version
+  return dict(sorted(found.items()))
+
+
+def nvidia_smi() -> dict[str, str] | None:
+  """What the driver tells of the first GPU: clocks in MHz, power in W; None without one."""
+  fields = (
+    "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,"
+    "temperature.gpu,memory.total"
+  )
+  if shutil.which("nvidia-smi") is None:
+    return None
+  command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    return None
+  return dict(zip(fields.split(","), map(str.strip, done.stdout.split(",")), strict=False))
