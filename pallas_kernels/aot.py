@@ -112,18 +112,23 @@ def environment(chip: Chip, dump: str | os.PathLike[str]) -> dict[str, str]:
     chip: what is compiled for.
     dump: an empty folder that the compiler fills.
   """
-  common = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+  common = {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache leaves no dump
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the CUDA plugin would complain: there is no driver
+  }
   if chip.platform == "tpu":
     return common | {
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process fails on a lock file
-      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+      # Only what is read below: to write all 75 stages takes ten times as long as to compile.
+      "--xla_jf_dump_llo_pass_label_regex=final_(bundles|hlo)",
       "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # asked for at start-up; the topology overrules it
       "TPU_SKIP_MDS_QUERY": "1",  # or it waits for the metadata server of a machine with TPUs
       "TPU_WORKER_HOSTNAMES": "localhost",
     }
   folders = dict.fromkeys(os.path.dirname(path) for tool in _TOOLS if (path := find_tool(tool)))
   return common | {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver whose version could be asked
     "MOSAIC_GPU_DUMP_PTXAS": "1",
     "MOSAIC_GPU_DUMP_SASS": "1",
     "MOSAIC_GPU_DUMP_TO": str(dump),
@@ -212,20 +217,21 @@ def parse_hopper(name: str, ptxas: str, resources: str, code: str) -> HopperKern
   The barriers in shared memory take 8 bytes each.
   """
   warnings = [line.strip() for line in ptxas.splitlines() if _is_warning(line)]
-  number = lambda pattern: sum(map(int, re.findall(pattern, ptxas)))
+  frame = r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+  spills = re.findall(frame, ptxas)  # a warning repeats them
   scratch = re.search(r"smem_scratch_bytes=(\d+)", resources)
-  if scratch is None or "registers" not in ptxas:
-    raise ValueError(f"the dumps of {name} tell neither registers nor shared memory")
+  if scratch is None or not spills:
+    raise ValueError(f"the dumps of {name} do not tell registers and shared memory")
   each = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
   barriers = sum(int(many) * int(times) for many, times in each)
   moved = re.search(r"\bU?SETMAXREG\b", code) is not None
   return HopperKernel(
     name=name,
     registers=max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
-    spill_stores=number(r"(\d+) bytes spill stores"),
-    spill_loads=number(r"(\d+) bytes spill loads"),
+    spill_stores=sum(int(stores) for stores, _ in spills),
+    spill_loads=sum(int(loads) for _, loads in spills),
     shared_memory=int(scratch[1]) + 8 * barriers,
-    barriers=number(r"used (\d+) barriers"),
+    barriers=sum(map(int, re.findall(r"used (\d+) barriers", ptxas))),
     setmaxnreg=moved and not any("setmaxnreg" in line for line in warnings),
     matrix_instructions=len(re.findall(r"\bHGMMA\b", code)),
     warnings=tuple(warnings),

@@ -58,6 +58,10 @@ SERIAL = (
   "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized "
   "due to insufficient register resources for the wgmma pipeline in the function"
 )
+SPILLED = (
+  "ptxas warning : Registers are spilled to local memory in function 'k', 48 bytes spill stores, "
+  "52 bytes spill loads"
+)
 
 
 def test_a_hopper_kernel_that_is_not():
@@ -65,17 +69,17 @@ def test_a_hopper_kernel_that_is_not():
   ptxas = PTXAS.replace(
     "0 bytes spill stores, 0 bytes spill", "48 bytes spill stores, 52 bytes spill"
   )
-  ptxas += f"{IGNORED}\n{SERIAL}\nptxas warning : something\n"
+  ptxas += f"{IGNORED}\n{SERIAL}\n{SPILLED}\n"
   kernel = aot.parse_hopper("k", ptxas, RESOURCES, SASS)
   assert (kernel.spill_stores, kernel.spill_loads) == (48, 52)
-  assert kernel.warnings == (IGNORED, SERIAL, "ptxas warning : something")
+  assert kernel.warnings == (IGNORED, SERIAL, SPILLED)
   assert not kernel.setmaxnreg
   assert not aot.parse_hopper("k", PTXAS, RESOURCES, "").setmaxnreg
 
 
 @pytest.mark.parametrize(("ptxas", "resources"), [("", RESOURCES), (PTXAS, "")])
 def test_incomplete_dumps_of_hopper_are_refused(ptxas, resources):
-  with pytest.raises(ValueError, match="k tell neither registers nor shared memory"):
+  with pytest.raises(ValueError, match="k do not tell registers and shared memory"):
     aot.parse_hopper("k", ptxas, resources, SASS)
 
 

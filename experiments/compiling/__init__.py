@@ -1,0 +1,1 @@
+"""What `experiments.compile_check` compiles for chips that are not here, and how it judges it."""
