@@ -8,12 +8,13 @@ FLOOR := $(shell sed -n 's/^ *jax>=\([0-9.]*\).*/\1/p' setup.cfg)
 CORE := tests/attention tests/pallas_kernels tests/test_architecture.py
 PYTEST := -m pytest -q -n $(WORKERS) --maxprocesses=8
 
-.PHONY: help train test test-floor lint format clean
+.PHONY: help train test test-floor compile-check lint format clean
 
 help:
 	@echo 'make train        train a small language model; more flags by ARGS="--steps=10"'
 	@echo 'make test         every test; one part of them by ARGS="tests/attention"'
 	@echo 'make test-floor   the core tests with jax $(FLOOR), the oldest that is supported'
+	@echo 'make compile-check  what compilers for absent chips say; ARGS="--chips=v5e --shapes=7b_4k --check"'
 	@echo 'make lint         ruff, its formatter, pyrefly and the architecture'
 	@echo 'make format       let ruff rewrite what it can'
 	@echo 'make clean        remove the environments, the caches and what the build left'
@@ -27,6 +28,9 @@ test: .venv/.installed
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python $(PYTEST) -m "not slow" $(wildcard $(CORE)) $(ARGS)
 
+compile-check: .venv-aot/.installed
+	.venv-aot/bin/python -m experiments.compile_check $(ARGS)
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +42,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-aot build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An interpreter qualifies when it runs (a version manager's shim may exist and fail), is new enough and has venv.
@@ -48,9 +52,12 @@ Python 3.12 or newer, with venv, is needed and was not found: install it from yo
 endef
 
 .venv-floor/.installed: PINS := 'jax==$(FLOOR)'
+# Compilers for chips that are absent: two gigabytes, one of them proprietary, so never in .venv.
+.venv-aot/.installed: EXTRAS := aot,experiments,test
+EXTRAS := experiments,test
 
 # The stamp keeps what was installed from, so that a touched but equal file asks for no network.
-.venv/.installed .venv-floor/.installed: setup.cfg pyproject.toml
+.venv/.installed .venv-floor/.installed .venv-aot/.installed: setup.cfg pyproject.toml
 	@if cat $^ | cmp -s - $@ && $(@D)/bin/python $(QUALIFY); then touch $@; exit; fi; \
 	if ! $(@D)/bin/python $(QUALIFY); then \
 	  for python in "$(PYTHON)" python3 python3.12 python3.13 python3.14 ''; do \
@@ -61,5 +68,5 @@ endef
 	  "$$python" -m venv --clear $(@D) || exit 1; \
 	fi; \
 	echo 'Installing into $(@D); the first time takes a few minutes'; \
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[experiments,test]' && \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[$(EXTRAS)]' && \
 	  cat $^ > $@
