@@ -6,12 +6,14 @@ JOB is a JSON object with the fields of `Job`, DUMP an empty folder. The environ
 be what `pallas_kernels.aot.environment` says for that chip and folder. `run` sees to both.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -155,6 +157,8 @@ def tpu_row(kernel: aot.TpuKernel) -> dict[str, Any]:
 
 def main(job: str, dump: str, out: str) -> None:
   """Compiles and writes."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with whoever asked
   found: Mapping[str, Any] = compile_job(Job(**json.loads(job)), dump)
   pathlib.Path(out).write_text(json.dumps(found), encoding="utf-8")
 
