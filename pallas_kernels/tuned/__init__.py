@@ -19,7 +19,9 @@ import os
 import pathlib
 from typing import Any
 
-FOLDER = "FRUGAL_TUNED"
+import jax.numpy as jnp
+
+FOLDER = pathlib.Path(__file__).parent
 
 
 def look_up(
@@ -34,12 +36,10 @@ def look_up(
     H: head width of the keys. h: head width of the values.
     causal: whether the mask is; None, where a kernel cannot know, takes the causal entry first.
   """
-  folder = os.environ.get(FOLDER) or pathlib.Path(__file__).parent
-  path = pathlib.Path(folder, f"{chip}.json")
+  path = pathlib.Path(os.environ.get("FRUGAL_TUNED") or FOLDER, f"{chip}.json")
   if not path.exists():
     return {}
-  name = getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
-  wanted = {"what": what, "dtype": name, "H": H, "h": h}
+  wanted = {"what": what, "dtype": jnp.dtype(dtype).name, "H": H, "h": h}
   found = [
     entry
     for entry in json.loads(path.read_text(encoding="utf-8"))["plans"]
