@@ -1,7 +1,7 @@
 """Measures time and memory of every mechanism and of its peers, against recorded targets.
 
     python -m experiments.benchmark --suite=cpu --check
-    python -m experiments.benchmark --suite=gpu --check        # on a Hopper GPU, in 8 minutes
+    python -m experiments.benchmark --suite=gpu --check        # on a Hopper GPU, 8 minutes at most
 
 Contenders of one length are timed by turns, so that they meet the same machine, and judged by
 medians. Each first gives its answer to a short input; a wrong one is refused. Peers are optional:
@@ -278,6 +278,8 @@ def main(argv: Sequence[str]) -> int:
   options = flags.parse(argv, Options(), doc=__doc__ or "")
   if options.suite not in {*SUITES, *CHIP_SUITES}:
     raise UserError(flags.unknown("--suite", options.suite, (*SUITES, *CHIP_SUITES)))
+  with flags.blame_user():
+    flags.check_bounds(options)
   on_chip = options.suite in CHIP_SUITES
   if options.tune and not on_chip:
     raise UserError(f"--tune goes with {' or '.join(CHIP_SUITES)}, not with {options.suite!r}")

@@ -75,7 +75,7 @@ CHIPS = ("h200", "h100")
 PASSES = ("forward", "backward")
 PENDING = (
   "GPU numbers pending: no such chip was at hand. On a machine with a Hopper GPU "
-  "`python -m experiments.benchmark --suite=gpu --check` measures them in 8 minutes."
+  "`python -m experiments.benchmark --suite=gpu --check` measures what fits into 8 minutes."
 )
 
 

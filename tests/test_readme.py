@@ -137,6 +137,45 @@ def test_without_results_there_is_no_number_and_no_picture(tmp_path):
   assert readme.picture(tmp_path) == "" and readme.curve(tmp_path) == ""
 
 
+def chip_results():
+  """Two cases of a chip, of which one was measured, by two contenders."""
+  case = {"mask": "causal", "B": 1, "T": 16384, "N": 16, "H": 128, "case": "causal H=128 T=16384"}
+  wide = {**case, "mask": "window 512", "case": "window 512 H=128 T=16384"}
+  ours = {**case, "contender": "hopper", "kind": "forward", "tflops": 612.3}
+  return {
+    "environment": {
+      "date": "2026-12-01T00:00:00",
+      "commit": "abc",
+      "command": "python -m experiments.benchmark --suite=gpu",
+      "device": "NVIDIA H200",
+      "versions": {"jax": "0.11.2"},
+    },
+    "dtype": "bfloat16",
+    "checks": {"verdict": "failed", "rows": [{}, {}]},
+    "absent": {"tokamax": "it is not installed"},
+    "cases": [case, wide],
+    "times": [ours, {**ours, "kind": "backward", "tflops": 498.7}, {**ours, "contender": "cuDNN"}],
+    "unmeasured": {wide["case"]: "the time was up"},
+    "targets": [{"what": "650", "bound": "at least 650", "measured": 612.3, "verdict": "missed"}],
+  }
+
+
+def test_numbers_of_a_chip(tmp_path):
+  assert readme.chips(tmp_path) == readme.PENDING
+  folder = tmp_path / "experiments/results"
+  folder.mkdir(parents=True)
+  (folder / "h200_softmax.json").write_text(json.dumps(chip_results()))
+  text = readme.chips(tmp_path)
+  assert "| T=16384 | hopper | cuDNN |" in text
+  assert "| causal, H=128 | 612 / 499 | 612 / - |" in text and "| window" not in text
+  assert "checks failed (2 run)" in text and "commit abc" in text and "NVIDIA H200" in text
+  assert "| 650 | at least 650 | 612 | missed |" in text
+  assert "tokamax was absent: it is not installed." in text
+  assert "1 of 2 cases were not measured." in text and "h200_softmax.png" not in text
+  (folder / "h200_softmax.png").write_bytes(b"")
+  assert "h200_softmax.png" in readme.chips(tmp_path)
+
+
 def test_rewriting_changes_only_the_blocks_and_only_once(root):
   page = "a\n" + "".join(
     f"<!-- begin {n} -->\nold\n<!-- end {n} -->\nkept\n" for n in readme.BLOCKS

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from attention.ops.softmax import IMPLEMENTATIONS
+from attention import chips
 from experiments.benchmarks import checks, rivals, timing
 from experiments.benchmarks.cases import CHIP_SUITES, Case, ChipSuite
 from experiments.benchmarks.contenders import BOTH, Torch
@@ -52,25 +52,19 @@ def prepare(name: str) -> str:
   if suite.device == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that we start
     jax.config.update("jax_platforms", "cpu")
-  device = jax.devices()[0]
-  chip = chip_name(device.device_kind) if suite.device == "gpu" else "cpu"
-  if device.platform != suite.device or chip is None:
+    return "cpu"
+  if reason := chips.not_hopper():
     raise UserError(
-      f"--suite={name} needs a Hopper GPU (H100, H200) and jax[cuda13], and here jax "
-      f"{jax.__version__} computes on {device.device_kind}"
+      f"--suite={name} cannot run here: {reason} (with one, pip install 'jax[cuda13]' lets jax "
+      f"{jax.__version__} use it)"
     )
-  if suite.ours not in IMPLEMENTATIONS:
-    raise UserError(
-      f"--suite={name} measures the implementation {suite.ours!r} of dot_product_attention, and "
-      f"there are only {', '.join(IMPLEMENTATIONS)}"
-    )
-  return chip
+  return chip_name(chips.current().kind)
 
 
-def chip_name(kind: str) -> str | None:
-  """ "h200" of "NVIDIA H200"; None of what is no Hopper GPU."""
-  found = re.search(r"\bG?(H(?:100|200|800|20))\b", kind)
-  return found.group(1).lower() if found else None
+def chip_name(kind: str) -> str:
+  """A Hopper GPU as files are named: h200 for NVIDIA H200."""
+  found = re.search(r"H\d+", kind)
+  return found.group().lower() if found else "gpu"
 
 
 def measure(

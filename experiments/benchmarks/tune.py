@@ -34,7 +34,6 @@ PASSES: Final = ("forward", "d_query", "d_key")
 SHARED_MEMORY: Final = 227 * 1024 - 2048  # bytes of a block, less its barriers and rows of numbers
 REGISTERS: Final = {2: (240, 24), 3: (160, 32)}  # warpgroups -> of a thread that computes, feeds
 ROWS: Final = 64  # of a warpgroup's tile
-SPARE: Final = 40  # registers for whatever is no tile
 WORTH: Final = 1.01  # how much faster than the kernel's own plan a plan must be
 
 
@@ -44,40 +43,28 @@ def table_of(chip_name: str) -> pathlib.Path:
 
 
 def candidates(what: str, H: int, h: int) -> list[Plan]:
-  """Every plan of a pass whose operands fit into shared memory and whose tiles fit into registers,
-  for inputs of two bytes.
+  """Every plan of a pass whose operands, of two bytes each, fit into shared memory. Which of them
+  spill registers is the compiler's to know and the clock's to tell.
   """
+  forward = what == "forward"
+  others = (64, 80, 96, 112, 128, 160, 176, 192) if forward else (32, 64, 80, 96, 128)
+  rings = ((2, 2), (3, 3)) if forward else ((2, 2), (2, 1))
   found = []
-  sizes = (64, 80, 96, 112, 128, 160, 176, 192) if what == "forward" else (32, 64, 80, 96, 128)
-  for warpgroups, others, stages in itertools.product(
-    REGISTERS, sizes, ((2, 2), (2, 1), (3, 2), (3, 3))
-  ):
-    own = H if what == "forward" else H + h
-    memory = 2 * (warpgroups * ROWS * own + others * (stages[0] * H + stages[1] * h))
-    if what == "forward":
-      memory += 2 * warpgroups * ROWS * (h if h != H else 0)
-      tiles = others // 2 + others // 4 + h // 2  # scores, weights in 16 bits, output
-    else:
-      tiles = 2 * (others // 2) + others // 4 + (H // 2 if what == "d_query" else (H + h) // 2)
-    computing, feeding = REGISTERS[warpgroups]
-    if memory <= SHARED_MEMORY and tiles + SPARE <= computing:
+  for warpgroups, width, stages in itertools.product(REGISTERS, others, rings):
+    own = H + (h if h != H or not forward else 0)  # the output takes the queries' place
+    memory = 2 * (warpgroups * ROWS * own + width * (stages[0] * H + stages[1] * h))
+    if memory <= SHARED_MEMORY:
+      registers, feeder = REGISTERS[warpgroups]
       found.append(
         {
           "warpgroups": warpgroups,
-          "others": others,
+          "others": width,
           "stages": list(stages),
-          "registers": computing,
-          "feeder": feeding,
+          "registers": registers,
+          "feeder": feeder,
         }
       )
   return found
-
-
-class Program(NamedTuple):
-  """A pass under one plan, compiled."""
-
-  run: Callable[..., Any]
-  arguments: tuple[Any, ...]
 
 
 class Bench(NamedTuple):
@@ -87,23 +74,27 @@ class Bench(NamedTuple):
   case: Case
   given: rivals.Inputs
 
-  def entries(self, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
+  def entries(self, plans: Plans) -> list[dict[str, Any]]:
     """A table's entries for this case."""
     key = {"dtype": self.suite.dtype, "H": self.case.H, "h": self.case.H}
     causal = self.case.mask == "causal"
     return [{"what": what, **key, "causal": causal, "plan": plan} for what, plan in plans.items()]
 
-  def lower(self, what: str, plans: Mapping[str, Plan]) -> tuple[Any, tuple[Any, ...]]:
-    """A pass as it is traced while these plans are in the table, and its arguments."""
+  def arguments(self, what: str, plans: Plans) -> tuple[Any, ...]:
+    """What a pass is called with: the backward pass, with what the forward pass left for it."""
     *qkv, d_out = self.given.arrays
-    contender = rivals.rival(self.suite.ours, self.suite, self.case)
+    if what == "forward":
+      return tuple(qkv)
+    attend = rivals.rival(self.suite.ours, self.suite, self.case).attend
     with _table(self.entries(plans)):
-      if what == "forward":
-        arguments = tuple(qkv)
-        return jax.jit(lambda q, k, v: contender.attend(q, k, v)).lower(*arguments), arguments
-      start = jax.jit(lambda q, k, v: jax.vjp(lambda *qkv: contender.attend(*qkv), q, k, v)[1])
-      arguments = (start(*qkv), d_out)
-      return jax.jit(lambda pull, d_out: pull(d_out)).lower(*arguments), arguments
+      return jax.jit(lambda *qkv: jax.vjp(lambda *qkv: attend(*qkv), *qkv)[1])(*qkv), d_out
+
+  def lower(self, what: str, plans: Plans, arguments: tuple[Any, ...]) -> Any:
+    """A pass as it is traced while these plans are in the table."""
+    attend = rivals.rival(self.suite.ours, self.suite, self.case).attend
+    call = attend if what == "forward" else lambda pull, d_out: pull(d_out)
+    with _table(self.entries(plans)):
+      return jax.jit(lambda *given: call(*given)).lower(*arguments)
 
 
 class _table:
@@ -178,8 +169,9 @@ def search(
 def _refuse_the_deaf(bench: Bench) -> None:
   """A plan that cannot be must be refused by the kernel: so it shows that it reads the table."""
   for what in PASSES:
+    arguments = bench.arguments(what, {})
     try:
-      bench.lower(what, {what: {"others": 7}})
+      bench.lower(what, {what: {"others": 7}}, arguments)
     except Exception:  # what it says is its own business
       continue
     raise UserError(
@@ -190,41 +182,54 @@ def _refuse_the_deaf(bench: Bench) -> None:
 
 def _try(bench: Bench, what: str, plans: Plans, say: Callable[[str], None]) -> list[dict[str, Any]]:
   """Every plan of one pass, the one to use first: {} is the kernel's own."""
-  key = {"case": bench.case.name, "what": what}
-  rows: dict[int, dict[str, Any]] = {}
-  programs: dict[int, Program] = {}
-  lowered = []
   tried: list[Plan] = [{}, *candidates(what, bench.case.H, bench.case.H)]
-  for index, plan in enumerate(tried):
-    rows[index] = key | {"plan": plan, "median": None, "refused": ""}
-    try:
-      lowered.append((index, *bench.lower(what, plans | ({what: plan} if plan else {}))))
-    except Exception as problem:  # a plan that the kernel cannot be built for
-      rows[index]["refused"] = rivals.one_line(problem)
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
-    tasks = [(index, pool.submit(program.compile), given) for index, program, given in lowered]
+  rows = [
+    {"case": bench.case.name, "what": what, "plan": plan, "median": None, "refused": ""}
+    for plan in tried
+  ]
+  arguments = bench.arguments(what, plans)
+  programs = _compiled(bench, what, plans, arguments, rows)
   truth = None
-  for index, task, given in tasks:
+  for index in list(programs):
     try:
-      programs[index] = Program(task.result(), given)
-      answer = _answer(programs[index])
-    except Exception as problem:  # one that the compiler refuses, or the chip
-      programs.pop(index, None)
+      answer = _answer(programs[index](*arguments))
+    except Exception as problem:  # a plan that the chip refuses
       rows[index]["refused"] = rivals.one_line(problem)
-      continue
-    truth = answer if index == 0 else truth
-    if truth is None or not _alike(answer, truth):
+    else:
+      truth = answer if index == 0 else truth
+      if truth is None or not _alike(answer, truth):
+        rows[index]["refused"] = "its answer differs from that of the kernel's own plan"
+    if rows[index]["refused"]:
       del programs[index]
-      rows[index]["refused"] = "its answer differs from that of the kernel's own plan"
-  timers = {i: timing.queue_timer(one.run, one.arguments) for i, one in programs.items()}
+  timers = {index: timing.queue_timer(run, arguments) for index, run in programs.items()}
   measured = timing.interleave(timers, bench.suite.rounds, least=bench.suite.least)
   for index, times in measured.items():
     rows[index]["median"] = times.row()["median"]
-  found = _ordered(rows.values())
-  say(
-    f"{bench.case.name}, {what}: {len(measured)} of {len(rows)} plans, {found[0]['plan'] or 'own'}"
-  )
+  found = _ordered(rows)
+  say(f"{bench.case.name}, {what}: {len(measured)} of {len(rows)}, {found[0]['plan'] or 'its own'}")
   return found
+
+
+def _compiled(
+  bench: Bench, what: str, plans: Plans, arguments: tuple[Any, ...], rows: list[dict[str, Any]]
+) -> dict[int, Callable[..., Any]]:
+  """The programs of all plans that can be built, by their places; the others' rows say why not."""
+  lowered: dict[int, Any] = {}
+  for index, row in enumerate(rows):
+    try:
+      chosen = plans | ({what: row["plan"]} if row["plan"] else {})
+      lowered[index] = bench.lower(what, chosen, arguments)
+    except Exception as problem:  # one that the kernel cannot be written for
+      row["refused"] = rivals.one_line(problem)
+  programs = {}
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
+    tasks = {index: pool.submit(program.compile) for index, program in lowered.items()}
+    for index, task in tasks.items():
+      try:
+        programs[index] = task.result()
+      except Exception as problem:  # one that the compiler refuses
+        rows[index]["refused"] = rivals.one_line(problem)
+  return programs
 
 
 def _ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,8 +246,7 @@ def _own(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
   return next(row for row in rows if not row["plan"])
 
 
-def _answer(program: Program) -> list[np.ndarray]:
-  out = program.run(*program.arguments)
+def _answer(out: Any) -> list[np.ndarray]:
   return [np.asarray(x.astype(jnp.float32)) for x in jax.tree.leaves(out)]
 
 
