@@ -7,8 +7,8 @@ of the largest true value more. Each program runs twice and must give the same b
     python -m experiments.benchmarks.checks IMPLEMENTATION NAME...
 
 runs in a process of its own, because a kernel that never ends takes its process with it: it prints
-a line of JSON before it starts a check and one when it has the answer. `run` reads them, ends a
-process that has been silent for too long, and starts another behind the check that was lost.
+a line of JSON when a check is compiled, when it starts, and when it has the answer. `run` reads
+them, ends a process that is silent for too long, and starts another behind the check that was lost.
 """
 
 import dataclasses
@@ -237,17 +237,26 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 def main(implementation: str, *names: str) -> None:
   """Compiles all side by side, runs them one after the other, and prints."""
   by_name = {check.name: check for check in CHECKS}
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
+  # Tracing holds one lock whatever the number of threads: with few of them the first is done soon.
+  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     tasks = [(name, pool.submit(compiled, by_name[name], implementation)) for name in names]
+    for name, task in tasks:
+      task.add_done_callback(lambda _, name=name: _tell({"compiled": name}))
     while tasks:
       name, task = tasks.pop(0)
       task.exception()  # waits
-      print(json.dumps({"started": name}), flush=True)
+      _tell({"started": name})
       try:
         answer = judge(by_name[name], task.result())
       except Exception as problem:  # whatever it is, it is this check's
         answer = {"quantities": {}, "failed": [one_line(problem)]}
-      print(json.dumps({"name": name} | answer), flush=True)
+      _tell({"name": name} | answer)
+
+
+def _tell(event: Mapping[str, Any]) -> None:
+  """One line, in one piece: threads tell too."""
+  sys.stdout.write(json.dumps(event) + "\n")
+  sys.stdout.flush()
 
 
 def run(
@@ -304,11 +313,11 @@ def _process(
         said.seek(0)
         last = said.read().strip().splitlines()[-1:] or ["without a word"]
         problem = f"its process ended: {last[0]}"
-      elif "started" not in (row := json.loads(line)):
-        waiting.remove(row["name"])
-        yield row
-      else:
-        waiting.insert(0, waiting.pop(waiting.index(row["started"])))
+      elif "name" in (event := json.loads(line)):
+        waiting.remove(event["name"])
+        yield event
+      elif "started" in event:
+        waiting.insert(0, waiting.pop(waiting.index(event["started"])))
     process.kill()
   if problem:
     yield {"name": waiting[0], "quantities": {}, "failed": [problem]}

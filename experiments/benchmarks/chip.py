@@ -28,6 +28,7 @@ from experiments.benchmarks.rivals import Inputs, Ready
 from experiments.flags import UserError
 
 CHECKS_SHARE = 0.4  # of the time, at most
+RESERVE = 20.0  # seconds of it, for what comes before and after the measuring
 HANG = 240.0  # seconds without progress after which a kernel counts as one that never ends
 METHOD = (
   "Each number is the mean time of calls that are queued up on the chip and waited for once; calls "
@@ -78,7 +79,7 @@ def measure(
 ) -> dict[str, Any]:
   """Runs a suite. `limit_s` is the time for all of it; what is left out is listed."""
   suite, start = CHIP_SUITES[name], time.monotonic()
-  deadline = start + limit_s
+  deadline = start + limit_s - RESERVE
   results: dict[str, Any] = {
     "suite": name,
     "environment": dict(environment) | chip_environment(),
@@ -110,7 +111,7 @@ def measure(
 
 def _absent(suite: ChipSuite, torch: Torch) -> dict[str, str]:
   names = dict.fromkeys(who for group in suite.contenders.values() for who in group)
-  return {who: why for who in names if (why := rivals.absent(who, torch))}
+  return {who: why for who in names if (why := rivals.absent(who, suite, torch))}
 
 
 def _time_all(

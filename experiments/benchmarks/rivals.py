@@ -57,10 +57,11 @@ class Rival:
   """Whether it takes queries that are scaled already."""
 
 
-def absent(name: str, torch: Torch) -> str | None:
+def absent(name: str, suite: ChipSuite, torch: Torch) -> str | None:
   """Why a contender cannot take part in any case, or None."""
   if name in TORCH:
-    return torch.absent
+    blind = suite.device == "gpu" and not torch.versions.get("devices")
+    return torch.absent or (f"torch {torch.versions['torch']} sees no GPU" if blind else None)
   if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
     return "tokamax is not installed (pip install 'frugal-attention[peers]')"
   return None
@@ -129,11 +130,17 @@ class Inputs(NamedTuple):
 def inputs(suite: ChipSuite, case: Case) -> Inputs:
   """Standard normal inputs of a case."""
   shape = (case.B, case.T, case.N, case.H)
-  draw = jax.jit(lambda key: jax.random.normal(key, shape).astype(suite.dtype))
-  q, k, v, d_out = (draw(key) for key in jax.random.split(jax.random.key(0), 4))
+  q, k, v, d_out = (
+    _draw(key, shape, suite.dtype) for key in jax.random.split(jax.random.key(0), 4)
+  )
   rows = np.unique(np.linspace(0, case.T - 1, ROWS).astype(int))
   truth = _truth(q[:, rows], k, v, jnp.asarray(case.attends(rows)))
   return Inputs((q, k, v, d_out), rows, np.asarray(truth))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+  return jax.random.normal(key, shape).astype(dtype)
 
 
 @jax.jit
