@@ -24,7 +24,7 @@ each ring. Registers: 240 per thread that computes, 24 per thread that feeds. Sh
 
 Floor: 4 T S H flops per head at 989 Tflop/s dense (half of it under a causal mask), bytes are
 negligible. A step of a warpgroup at H = 128 is 1024 cycles of tensor core and, in machine code,
-FWDU instructions per thread without a mask and FWDM with a causal one (70 FMNMX, 70 FADD, 66 FFMA,
+495 instructions per thread without a mask and 691 with a causal one (70 FMNMX, 70 FADD, 66 FFMA,
 66 MUFU, 66 FMUL, 32 F2FP, no barrier of the whole block): about half of the other warpgroup's 1024
 cycles. No chip has run it yet.
 """

@@ -22,7 +22,7 @@ to, so a broadcast axis is a loop, and no array is larger than the bias.
 Tiles: 128 queries x 128 keys up to H = 128 in flash_d_query, else 128 x 64; 64 queries x 128 keys
 in flash_dk_dv. Registers 240 and 24. Floor: 14 T S H flops per head (10 with atomics) at 989
 Tflop/s. A step of 64 x 64 of flash_dk_dv at H = 128 is 1024 cycles of tensor core per warpgroup and
-DKVU instructions; of 64 x 128 of flash_d_query 1536 cycles and DQU. No chip has run it yet.
+295 instructions; of 64 x 128 of flash_d_query 1536 cycles and 417. No chip has run it yet.
 """
 
 import functools

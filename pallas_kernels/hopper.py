@@ -7,7 +7,7 @@ begins with a value and no left operand in registers, and its race detector does
 So there the operands are read by ordinary loads, which it does watch: who fills a ring, who reads
 it, and what orders them is checked as it runs on the chip.
 
-What the compiler taught (ptxas 13.5; its warnings are in the tests' figures):
+What the compiler taught (ptxas 13.5):
 
 - a value that becomes the next product's left operand must not be made while the product that reads
   the last one runs, or every wgmma is serialized (C7513);
