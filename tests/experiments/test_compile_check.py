@@ -55,9 +55,9 @@ def test_flops_of_both_passes():
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
-    (["--chips=h20"], "--chips 'h20' is unknown: did you mean h200"),
-    (["--shapes=7b_4k,7b_33k"], "--shapes '7b_33k' is unknown: did you mean 7b_32k"),
-    (["--kernels=flush"], "did you mean flash"),
+    (["--chips=h20"], "--chips 'h20' is unknown; did you mean 'h200'"),
+    (["--shapes=7b_4k,7b_33k"], "--shapes '7b_33k' is unknown; did you mean '7b_32k'"),
+    (["--kernels=flush"], "did you mean 'flash'"),
     (["--passes=sideways"], "'sideways' is unknown"),
     (["--chips=,"], "--chips names nothing"),
     (["--kernels=jax-mgpu", "--chips=v5e"], "has nothing for --chips=v5e"),
