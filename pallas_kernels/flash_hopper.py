@@ -183,6 +183,7 @@ class _Forward:
     carry = lax.fori_loop(1, mixed, functools.partial(step, masked=True), carry)
     carry = lax.fori_loop(mixed, self.active, functools.partial(step, masked=False), carry)
     m, l, acc, p = carry
+    turns.end()
     (v_smem,) = scratch.values.take(self.active - 1)
     (acc,) = hopper.add_products((acc, p, v_smem), on_chip=on_chip)
     scratch.values.give(self.active - 1)

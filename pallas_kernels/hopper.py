@@ -197,6 +197,12 @@ class Turns(NamedTuple):
     """To the next."""
     plgpu.barrier_arrive(self.barriers.at[lax.rem(self.me + 1, self.count)])
 
+  def end(self) -> None:
+    """The first takes the turn that nobody needs any more: whoever waits at a barrier must have seen
+    all of its phases when it goes.
+    """
+    pl.when(self.me == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
+
 
 def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Any:
   """a b^T of two tiles in shared memory, added to `start`. In the interpreter both are read by
