@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,6 +63,9 @@ run(call, q, k, v, *cotangents(q, v))
 """
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12), reason="the detector of jax 0.11 does not see this"
+)
 def test_the_detector_sees_a_ring_that_is_filled_too_early():
   """What the other tests rely on: the reads of the matrix products count."""
   done = subprocess.run(
