@@ -198,8 +198,8 @@ class Turns(NamedTuple):
     plgpu.barrier_arrive(self.barriers.at[lax.rem(self.me + 1, self.count)])
 
   def end(self) -> None:
-    """The first takes the turn that nobody needs any more: who waits at a barrier must have seen all
-    of its phases when it goes.
+    """The first takes the turn that nobody needs any more: who waits at a barrier must have seen
+    all of its phases when it goes.
     """
     pl.when(self.me == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
 
