@@ -144,7 +144,7 @@ def _decide(mask: Mask, q: Array, k: Array, reads: _Reads) -> Array:
       left, right = (_decide(part, q, k, reads) for part in (mask.left, mask.right))
       return left & right if isinstance(mask, masks.And) else left | right
     case masks.Not():
-      return ~_decide(mask.mask, q, k, reads)
+      return _decide(mask.mask, q, k, reads) ^ (q == q)  # Mosaic GPU knows no negation of bools
     case masks.Shifted():
       return _decide(mask.mask, next(reads.q), k, reads)
     case masks.Segments():

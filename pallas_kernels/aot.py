@@ -137,7 +137,14 @@ def environment(chip: Chip, dump: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def compile_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-  """Compiles `function` for one device; its memory can be analyzed, and running it fails.
+  """Compiles `function` for one device; its memory can be analyzed, and running it fails. The
+  arguments are those of `lower_for`.
+  """
+  return lower_for(chip, function, *arguments).compile()
+
+
+def lower_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> jax.stages.Lowered:
+  """Lowers `function` for one device: all that Pallas refuses shows here, in a second.
 
   Args:
     chip: what for.
@@ -151,14 +158,11 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> ja
   here = SingleDeviceSharding(device)
   put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
   placed = jax.tree.map(put, arguments)
-  if chip.platform == "tpu":
-    traced = jax.jit(function).trace(*placed)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
-  # Mosaic asks the mesh, not the sharding, how many multiprocessors there are.
-  mesh = AbstractMesh((), (), abstract_device=AbstractDevice(chip.kind, 132, "cuda"))
+  # Mosaic asks the mesh, not the sharding, how many multiprocessors there are; we, which chip.
+  cores = 132 if chip.platform == "cuda" else chip.cores
+  mesh = AbstractMesh((), (), abstract_device=AbstractDevice(chip.kind, cores, chip.platform))
   with use_abstract_mesh(mesh):
-    lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
-  return lowered.compile()
+    return jax.jit(function).trace(*placed).lower(lowering_platforms=(chip.platform,))
 
 
 class HopperKernel(NamedTuple):
@@ -193,12 +197,25 @@ class TpuKernel(NamedTuple):
 
 
 def read_hopper(dump: str | os.PathLike[str]) -> list[HopperKernel]:
-  """Every Mosaic kernel with dumps in a folder: `NAME.ptxas`, `.resources.txt`, `.sass_ctrl`."""
+  """Every Mosaic kernel with dumps in a folder: `NAME_2.ptxas`, `NAME_2.sass_ctrl`, and the
+  `NAME_1.resources.txt` that tracing left: it counts kernels in the order in which they are traced,
+  and the compiler in another.
+  """
   folder, found = pathlib.Path(dump), []
+  traced = {}
+  for path in sorted(folder.glob("*.resources.txt")):
+    traced.setdefault(_name(path), []).append(path)
   for path in sorted(folder.glob("*.ptxas")):
-    resources, code = (_text(path.with_suffix(s)) for s in (".resources.txt", ".sass_ctrl"))
+    waiting = traced.get(_name(path))
+    resources = _text(waiting.pop(0)) if waiting else ""
+    code = _text(path.with_suffix(".sass_ctrl"))
     found.append(parse_hopper(path.stem, path.read_text(), resources, code))
   return found
+
+
+def _name(path: pathlib.Path) -> str:
+  """The kernel's name in a dump's: all before its number."""
+  return re.sub(r"(_\d+)?\..*", "", path.name)
 
 
 def _text(path: pathlib.Path) -> str:

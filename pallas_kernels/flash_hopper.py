@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_hopper_backward, hopper, tiles
 from pallas_kernels.flash import Array, Blocks, Extras, Settings, Visits
-from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
+from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, whole
 from pallas_kernels.hopper import (
   ROWS,
   Plan,
@@ -241,7 +241,7 @@ def forward(
   """
   B, T, N, _ = q.shape
   S, K, width = v.shape[1:]
-  q, k, v = map(wide, (q, k, v))
+  q, k, v = map(whole, (q, k, v))
   H, h = q.shape[-1], v.shape[-1]
   plan = _plan(H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
@@ -260,9 +260,9 @@ def forward(
     plan,
     grid={"head": N, "block": count, "batch": B},
     out_type=(
-      jax.ShapeDtypeStruct((B, T, N, h), v.dtype),
+      jax.ShapeDtypeStruct((B, q.shape[1], N, h), v.dtype),
       jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
     ),
     scratch=scratch,
   )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan)))
-  return out[..., :width], lse[..., :T]
+  return out[:, :T, :, :width], lse[..., :T]

@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, tiles
 from pallas_kernels.flash import Array, Extras, Settings, Visits
-from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, wide
+from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, whole
 from pallas_kernels.hopper import (
   COLUMN,
   ROW,
@@ -423,14 +423,16 @@ def backward(
   on_chip: bool = True,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
   """(dq, dk, dv, d_bias, d_slopes); a row that saw nothing comes with lse = +inf."""
-  widths = q.shape[-1], v.shape[-1]
-  d_out = d_out.astype(v.dtype)
-  q, k, v, d_out = map(wide, (q, k, v, d_out))
+  shapes = q.shape, k.shape, v.shape
+  q, k, v, d_out = map(whole, (q, k, v, d_out.astype(v.dtype)))
   given = q, k, v, d_out, lse * tiles.LOG2_E, delta
   dq, d_slopes = _d_query(*given, extras, settings, by_query, on_chip)
   dk, dv = _d_key(*given, extras, settings, by_key, on_chip)
   d_bias = None if extras.bias is None else _d_bias(*given, extras, settings, by_query, on_chip)
-  return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]], d_bias, d_slopes
+  dq, dk, dv = (
+    x[:, :length, :, :width] for x, (_, length, _, width) in zip((dq, dk, dv), shapes, strict=True)
+  )
+  return dq, dk, dv, d_bias, d_slopes
 
 
 def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):

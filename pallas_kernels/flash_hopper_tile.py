@@ -27,10 +27,15 @@ class Static(NamedTuple):
   on_chip: bool
 
 
-def wide(x: Array) -> Array:
-  """Zeros up to the padded head width."""
-  missing = padded(x.shape[-1]) - x.shape[-1]
-  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
+_ROWS_OF_A_COPY = 8
+
+
+def whole(x: Array) -> Array:
+  """`B T N H` with zeros up to the padded head width, and up to whole rows of the 8 x 64 tiles in
+  which a bulk copy writes: it refuses an array that ends within one.
+  """
+  rows, columns = -x.shape[1] % _ROWS_OF_A_COPY, padded(x.shape[-1]) - x.shape[-1]
+  return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) if rows or columns else x
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axis"])

@@ -5,11 +5,14 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import compile_check
-from experiments.compiling import ours, rules, shapes, worker
+from experiments.benchmarks import checks
+from experiments.compiling import rules, shapes, worker
 from experiments.compiling.programs import PROGRAMS
 from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES, Shape
 from experiments.flags import UserError
@@ -237,13 +240,6 @@ def test_an_error_is_shortened_and_names_no_folder():
   assert worker.shortened("") == "no message"
 
 
-def test_ours_are_found_by_name_or_say_that_they_are_not_there(monkeypatch):
-  monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: None)
-  monkeypatch.setattr(ours.softmax, "IMPLEMENTATIONS", {})
-  with pytest.raises(NotImplementedError, match=r"there is no pallas_kernels.flash_tpu yet"):
-    ours.build("tpu", SHAPES["7b_4k"], FORWARD, {})
-
-
 def compiled(chip, program, kind):
   """A real row, or a skip that says what is not installed."""
   if why := aot.missing(aot.CHIPS[chip]):
@@ -282,3 +278,14 @@ def test_real_hopper_rows():
   assert kernel["matrix_instructions"] and kernel["setmaxnreg"] and not kernel["spill_stores"]
   refused = compiled("h200", "jax-mgpu", BACKWARD)
   assert refused["error"].startswith("NotImplementedError: Causal attention not supported")
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)
+def test_every_check_of_the_device_can_be_lowered_for_it(check):
+  """Odd lengths, every modifier, every mask: what the interpreter forgives, the chip does not."""
+  if why := aot.missing(aot.CHIPS["h200"]):
+    pytest.skip(f"nothing can be lowered for h200: {why}")
+  given = jax.eval_shape(lambda: checks.operands(check))
+  out = jax.ShapeDtypeStruct((check.B, check.T, check.N, check.h), jnp.float32)
+  lse = jax.ShapeDtypeStruct((check.B, check.T, check.N), jnp.float32)
+  aot.lower_for(aot.CHIPS["h200"], checks.program(check, "hopper"), given, (out, lse))

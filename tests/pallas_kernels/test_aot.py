@@ -92,6 +92,18 @@ def test_a_folder_of_hopper_dumps(tmp_path):
   assert [kernel.name for kernel in aot.read_hopper(tmp_path)] == ["entry_0", "entry_1"]
 
 
+def test_dumps_whose_numbers_differ_belong_together_by_name(tmp_path):
+  """What was traced second may be compiled first."""
+  small = RESOURCES.replace("smem_scratch_bytes=", "smem_scratch_bytes=1")
+  for traced, compiled, resources in (("query_1", "query_2", RESOURCES), ("key_2", "key_1", small)):
+    (tmp_path / f"{traced}.resources.txt").write_text(resources)
+    (tmp_path / f"{compiled}.ptxas").write_text(PTXAS)
+    (tmp_path / f"{compiled}.sass_ctrl").write_text(SASS)
+  key, query = aot.read_hopper(tmp_path)
+  assert (key.name, query.name) == ("key_1", "query_2")
+  assert key.shared_memory > query.shared_memory
+
+
 BUNDLES = """
     0      : { %s7 = sld [smem:[#allocation0]] }
   0x1      : { %v1 = vmatmul.mubr.bf16.gmra.mrb[0].mxu0 %v0 } /* exit bundle: %EXIT */
