@@ -206,7 +206,6 @@ class _Transfer:
     self.scratch, self.place = scratch, place
     rows = pl.ds(pl.multiple_of(place.i * call.block[0], call.block[0]), call.block[0])
     self.tile = dq_hbm.at[place.b, place.n, rows]
-    self.pending = scratch.sent[0] >= 0
     self.again = (scratch.sent[0] == place.n) & (scratch.sent[1] == place.i)
 
   def incoming(self):
