@@ -58,19 +58,19 @@ from pallas_kernels.hopper import (
 backward = flash_hopper_backward.backward
 
 
-def _plan(H: int, h: int) -> Plan:
+def _plan(dtype, H: int, h: int) -> Plan:
   """The tiles of the forward pass for head widths that are padded already."""
-  if H <= 192 and h <= 128:
-    return Plan(warpgroups=2, others=128, stages=(2, 2))
-  return Plan(warpgroups=2, others=64, stages=(2, 2))
+  others = 128 if H <= 192 and h <= 128 else 64
+  plan = Plan(warpgroups=2, others=others, stages=(2, 2))
+  return hopper.tuned_plan(plan, "forward", dtype, H, h)
 
 
 def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
   """The (block_q, block_k) in which the visits of each pass are to be counted."""
-  del k_shape, dtype, settings
+  del k_shape, settings
   H, h = padded(q_shape[-1]), padded(v_shape[-1])
-  plan = _plan(H, h)
-  d_query, d_key = flash_hopper_backward.plans(H, h)
+  plan = _plan(dtype, H, h)
+  d_query, d_key = flash_hopper_backward.plans(dtype, H, h)
   return Blocks(
     (plan.rows, plan.others), (d_query.rows, d_query.others), (d_key.others, d_key.rows)
   )
@@ -243,7 +243,7 @@ def forward(
   S, K, width = v.shape[1:]
   q, k, v = map(whole, (q, k, v))
   H, h = q.shape[-1], v.shape[-1]
-  plan = _plan(H, h)
+  plan = _plan(q.dtype, H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
   scratch = _Scratch(
     q_smem=matrix(ROWS, H, q.dtype)(workers),

@@ -53,17 +53,17 @@ from pallas_kernels.hopper import (
 )
 
 
-def plans(H: int, h: int) -> tuple[Plan, Plan]:
+def plans(dtype, H: int, h: int) -> tuple[Plan, Plan]:
   """The tiles of the queries' gradient and of the keys'."""
-  if max(H, h) <= 128:
-    return Plan(warpgroups=2, others=128, stages=(2, 2)), Plan(2, 64, (2, 2))
-  plan = Plan(warpgroups=2, others=64, stages=(2, 2) if H + h <= 384 else (2, 1))
-  return plan, plan
+  d_key = Plan(warpgroups=2, others=64, stages=(2, 2) if H + h <= 384 else (2, 1))
+  d_query = d_key._replace(others=128) if max(H, h) <= 128 else d_key
+  one = lambda plan, what: hopper.tuned_plan(plan, what, dtype, H, h)
+  return one(d_query, "d_query"), one(d_key, "d_key")
 
 
-def _bias_plan(H: int, h: int) -> Plan:
+def _bias_plan(dtype, H: int, h: int) -> Plan:
   """The tiles of the bias' gradient: blocks as in the queries' gradient, whose visits it reads."""
-  blocks, _ = plans(H, h)
+  blocks, _ = plans(dtype, H, h)
   return blocks
 
 
@@ -437,7 +437,7 @@ def backward(
 
 def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
-  plan, _ = plans(H, h)
+  plan, _ = plans(q.dtype, H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
   cut = lambda x, value: _padded(x, count * plan.rows, value).reshape(B, N, -1, ROWS)
   types = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
@@ -473,7 +473,7 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
 
 def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
-  _, plan = plans(H, h)
+  _, plan = plans(q.dtype, H, h)
   count, workers, width = -(-S // plan.rows), plan.warpgroups, plan.others
   length = -(-T // width) * width
   ring = functools.partial(Ring.of, workers)
@@ -519,7 +519,7 @@ def visited(by_query: Visits) -> Array:
 
 def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
-  plan = _bias_plan(H, h)
+  plan = _bias_plan(q.dtype, H, h)
   workers, width = plan.warpgroups, plan.others
   rows, columns = -(-T // plan.rows), -(-S // width)
   cut = lambda x, value: _padded(x, rows * plan.rows, value).reshape(B, N, -1, ROWS)

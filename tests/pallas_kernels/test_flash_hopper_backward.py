@@ -64,7 +64,7 @@ def test_visited_blocks_are_named_once_whatever_follows_them():
 @pytest.mark.parametrize("H,h", [(32, 32), (64, 64), (128, 128), (192, 128), (256, 256)])
 def test_plans_fit_the_shared_memory(H, h):
   """Of one block of threads: 227 KiB, as matrices of 16-bit elements."""
-  for plan in flash_hopper_backward.plans(H, h):
+  for plan in flash_hopper_backward.plans("bfloat16", H, h):
     resident = plan.rows * (H + h)
     rings = plan.others * (plan.stages[0] * H + plan.stages[1] * h)
     assert 2 * (resident + rings) <= 227 * 1024, plan

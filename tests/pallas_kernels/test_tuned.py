@@ -6,7 +6,7 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tuned
+from pallas_kernels import flash_hopper, tuned
 
 
 def entry(what="forward", causal=True, H=128, **plan):
@@ -20,6 +20,7 @@ def table(tmp_path, monkeypatch):
     entry(causal=False, others=176),
     entry(causal=True, others=128, stages=[2, 1]),
     entry("d_key", causal=False, others=64),
+    entry("d_query", H=96, causal=True, warpgroups=3, others=80),
     entry(H=64, causal=True, others=192),
   ]
   (tmp_path / "h200.json").write_text(json.dumps({"plans": plans}))
@@ -44,6 +45,15 @@ def test_the_entry_of_a_call(table, what, H, causal, plan):
     found = tuned.look_up("h200", what, dtype=dtype, H=H, h=H, causal=causal)
     assert found == plan
     hash(tuple(found.items()))
+
+
+def test_kernels_read_the_table(table):
+  """Of their own dtype alone."""
+  own, told = (
+    flash_hopper.blocks(*[(1, 512, 8, 96)] * 3, dtype, None) for dtype in ("float16", "bfloat16")
+  )
+  assert own.d_query == (128, 128) and told.d_query == (192, 80)
+  assert own._replace(d_query=told.d_query) == told
 
 
 def test_another_dtype_width_or_chip_has_no_entry(table):
