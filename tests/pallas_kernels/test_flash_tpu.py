@@ -125,7 +125,7 @@ def test_sinks_alone():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_logits(dtype):
   """Scores of a thousand: the softmax is nearly hard, and everything stays finite."""
-  problem = Problem(CASE._replace(dtype=dtype), causal(), logits=300.0)
+  problem = Problem(CASE._replace(T=130, S=130, dtype=dtype), causal(), logits=300.0)
   # The scores' own rounding, 2^-24 of a thousand, is what their exponential is off by.
   check(problem, factor=100.0 if dtype == "float32" else 4.0)
 
@@ -146,7 +146,7 @@ def test_what_no_visit_reaches_may_be_nan():
 
 
 def test_two_runs_and_traced_visits_give_the_same_bits():
-  problem = Problem(CASE._replace(T=300, S=300), causal(), bias=normal(1, 1, 1, 300))
+  problem = Problem(CASE, causal(), bias=normal(1, 1, 1, 200))
   found = [flash_kit.run(flash_tpu, problem), flash_kit.run(flash_tpu, problem, traced=True)]
   for name in found[0]:
     kit.assert_same(name, *(x[name] for x in found))
@@ -189,5 +189,5 @@ def test_a_block_of_several_pieces(monkeypatch):
   """As those of very long texts are."""
   monkeypatch.setattr(flash_tpu_tiles, "UNROLLED", 128)
   monkeypatch.setattr(flash_tpu_tiles, "part", lambda side, most: 128)
-  monkeypatch.setattr(flash_tpu, "_most", lambda width, dtype: ((256, 384),) * 3)
-  check(Problem(CASE._replace(T=300, S=300), causal()))
+  monkeypatch.setattr(flash_tpu, "_most", lambda width, dtype: ((256, 256),) * 3)
+  check(Problem(CASE._replace(N=1), causal()))
