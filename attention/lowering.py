@@ -79,7 +79,9 @@ def lower(mask: Mask, T: int, S: int) -> Lowered:
 
 
 def visits(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> tuple[Visits, Visits]:
-  """(by query, by key): who visits whom, in blocks of `block_q` queries and `block_k` keys."""
+  """(by query, by key): who visits whom, in blocks of `block_q` queries and `block_k` keys. Of a
+  static mask they are NumPy's, so that a kernel may know them before it runs.
+  """
   q, k = Span.blocks(T, block_q), Span.blocks(S, block_k)
   if q.first.size * k.first.size > _STATIC_BLOCKS:
     q, k = (Span(jnp.asarray(x.first), jnp.asarray(x.last), x.width) for x in (q, k))
@@ -92,7 +94,7 @@ def _visits(some: Any, every: Any) -> Visits:
   state = xp.where(every, np.int8(0), xp.where(some, np.int8(1), np.int8(2)))
   order = xp.argsort(state, axis=-1, stable=True).astype(np.int32)
   full, active = ((state < bound).sum(-1, dtype=np.int32) for bound in (1, 2))
-  return Visits(*(jnp.asarray(x) for x in (order, full, active)))
+  return Visits(order, full, active)
 
 
 # What each mask reads of a query, of a key, of a pair; and how it decides. One pair a class.

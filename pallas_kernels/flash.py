@@ -17,20 +17,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 
 
 class Visits(NamedTuple):
   """For each block of one axis, the blocks of the other that it visits: the full ones first, which
-  need no mask, then the mixed. b is 1 or B, n is 1 or N.
+  need no mask, then the mixed. b is 1 or B, n is 1 or N. NumPy's where they are known already.
   """
 
-  order: Array
+  order: Array | np.ndarray
   """int32 `b n blocks others`; entries from `active` on mean nothing."""
-  full: Array
+  full: Array | np.ndarray
   """int32 `b n blocks`: how many of them are full."""
-  active: Array
+  active: Array | np.ndarray
   """int32 `b n blocks`: how many are visited, full and mixed."""
 
 
