@@ -178,8 +178,8 @@ def _by_position(mask: Mask, q: Array, k: Array) -> Array:
   """The masks that read nothing but positions."""
   match mask:
     case masks.Band():
-      left = [] if mask.left is None else [k - q >= -mask.left]
-      right = [] if mask.right is None else [k - q <= mask.right]
+      left = [] if mask.left is None else [k >= (q - mask.left if mask.left else q)]
+      right = [] if mask.right is None else [k <= (q + mask.right if mask.right else q)]
       return _all([*left, *right], q)
     case masks.Strided():
       return jax.lax.rem(jnp.abs(q - k), jnp.int32(mask.stride)) == 0
@@ -194,4 +194,4 @@ def _by_position(mask: Mask, q: Array, k: Array) -> Array:
 
 
 def _all(conditions: list[Array], like: Array) -> Array:
-  return functools.reduce(jnp.logical_and, conditions, like == like)
+  return functools.reduce(jnp.logical_and, conditions) if conditions else like == like
