@@ -152,7 +152,7 @@ def operands(check: Check) -> dict[str, jax.Array]:
   if check.bias is not None:
     arrays["bias"] = make(*check.bias)
   if check.alibi:
-    arrays["alibi_slopes"] = jnp.exp2(-4.0 - jnp.arange(N))
+    arrays["alibi_slopes"] = jnp.exp2(-4.0 - jnp.arange(N, dtype=jnp.float32))
   if check.sinks:
     arrays["sinks"] = make(N)
   return arrays
