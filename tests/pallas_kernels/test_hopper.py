@@ -64,7 +64,7 @@ run(call, q, k, v, *cotangents(q, v))
 
 
 @pytest.mark.skipif(
-  jax.__version_info__ < (0, 12), reason="the detector of jax 0.11 does not see this"
+  jax.__version_info__ < (0, 12), reason="jax 0.11.2 reports no race here; why was not looked into"
 )
 def test_the_detector_sees_a_ring_that_is_filled_too_early():
   """What the other tests rely on: the reads of the matrix products count."""
