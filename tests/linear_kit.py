@@ -1,0 +1,162 @@
+"""What the tests of the linear-attention kernels share: calls, and their oracle in float64."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import kit
+from pallas_kernels import linear
+from pallas_kernels.linear import Normalized, Settings, State
+
+DECAYS = ("none", "head", "token", "channel")
+
+
+class Problem(NamedTuple):
+  """One call of a kernel, forward and backward."""
+
+  T: int = 100
+  B: int = 2
+  Nq: int = 2
+  K: int = 2
+  Kv: int = 2
+  M: int = 32
+  h: int = 32
+  decay: str = "token"
+  normalize: bool = False
+  scale: float = 1.0
+  dtype: str = "float32"
+  document: int = 0
+  """A document begins every so many tokens, where every decay is FORGET; 0 is one document."""
+  harsh: bool = False
+  """Decays of 0, -1e-3, -30 and FORGET side by side, and keys that repeat."""
+
+  @property
+  def N(self) -> int:
+    """The heads of the state."""
+    return max(self.Nq, self.Kv)
+
+  @property
+  def settings(self) -> Settings:
+    """As the kernel gets them."""
+    return Settings(self.scale, self.normalize)
+
+  def inputs(self) -> dict[str, Any]:
+    """q, k, v, g, the state that enters, and the gradients that come back, by name."""
+    make = kit.keys(5)
+    normal = lambda *shape: jax.random.normal(next(make), shape)
+    q = normal(self.B, self.T, self.Nq, self.M) * self.M**-0.5
+    k, v = normal(self.B, self.T, self.K, self.M), normal(self.B, self.T, self.Kv, self.h)
+    if self.harsh:
+      k = jnp.broadcast_to(k[:, :1], k.shape) + 0.01 * k
+    if self.normalize:
+      q, k = jnp.abs(q), jnp.abs(k)
+    state = State(normal(self.B, self.N, self.M, self.h), None)
+    d_state = State(normal(self.B, self.N, self.M, self.h), None)
+    if self.normalize:
+      state = state._replace(z=jnp.abs(normal(self.B, self.N, self.M)))
+      d_state = d_state._replace(z=normal(self.B, self.N, self.M))
+    q, k, v = (x.astype(self.dtype) for x in (q, k, v))
+    d_out = normal(self.B, self.T, self.N, self.h).astype(self.dtype)
+    g = self._decays(next(make))
+    return {"q": q, "k": k, "v": v, "g": g, "state": state, "d_out": d_out, "d_state": d_state}
+
+  def _decays(self, key: jax.Array) -> jax.Array | None:
+    B, T, N = self.B, self.T, self.N
+    shapes = {"none": None, "head": (N,), "token": (B, T, N), "channel": (B, T, N, self.M)}
+    shape = shapes[self.decay]
+    if shape is None:
+      return None
+    g = jax.nn.log_sigmoid(jax.random.normal(key, shape)) / 8
+    if self.harsh:
+      choices = jnp.array([0.0, -1e-3, -30.0, linear.FORGET])
+      g = jnp.where(
+        jax.random.bernoulli(key, 0.3, shape), jax.random.choice(key, choices, shape), g
+      )
+    if self.document and len(shape) > 1:
+      begins = (np.arange(T) % self.document == 0) & (np.arange(T) > 0)
+      begins = begins.reshape((1, T) + (1,) * (len(shape) - 2))
+      g = jnp.where(begins, linear.FORGET, g)
+    return g
+
+
+def recurrence(q, k, v, g, state: State, settings: Settings) -> tuple[jax.Array, State]:
+  """(out, state), token by token, in the dtype of what it is given."""
+  B, T = q.shape[:2]
+  N = max(q.shape[2], v.shape[2])
+  q, k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (q, k, v))
+  if g is None:
+    g = jnp.zeros((N,), q.dtype)
+  g = g[None, None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 3 else g
+  a = jnp.broadcast_to(jnp.exp(g), (B, T, N, q.shape[3]))
+  z = jnp.zeros((B, N, q.shape[3]), q.dtype) if state.z is None else state.z
+
+  def token(carry, x):
+    kv, z = carry
+    q, k, v, a = x
+    kv = a[..., None] * kv + k[..., None] * v[..., None, :]
+    z = a * z + k
+    out = jnp.einsum("bnm,bnmh->bnh", q, kv)
+    if settings.normalize:
+      weight = jnp.einsum("bnm,bnm->bn", q, z)[..., None]
+      out = jnp.where(weight == 0, 0, out / jnp.where(weight == 0, 1, weight))
+    else:
+      out = out * settings.scale
+    return (kv, z), out
+
+  (kv, z), out = lax.scan(
+    token, (state.kv, z), jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, a))
+  )
+  return out.swapaxes(0, 1), State(kv, z if settings.normalize else None)
+
+
+def expected(problem: Problem) -> dict[str, Any]:
+  """out, state and every gradient by the recurrence and automatic differentiation in float64."""
+  inputs = problem.inputs()
+  with kit.double():
+    x = kit.to_double(inputs)
+    run = functools.partial(recurrence, settings=problem.settings)
+    given = (x["q"], x["k"], x["v"], x["g"], x["state"])
+    (out, state), pull = jax.vjp(lambda *args: run(*args), *given)
+    gradients = pull((x["d_out"], x["d_state"]))
+  return _named(out, state, gradients)
+
+
+def run(kernel: Any, problem: Problem, **options: Any) -> dict[str, Any]:
+  """The same names, from a kernel's module."""
+  x, settings = problem.inputs(), problem.settings
+  given = (x["q"], x["k"], x["v"], x["g"], x["state"])
+  assert kernel.unsupported(*given[:4], settings) is None
+
+  def both(*given):
+    out, weight, state = kernel.forward(*given, settings, **options)
+    normalized = None
+    if weight is not None:
+      d_out = x["d_out"].astype(jnp.float32)
+      delta = (d_out * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+      inverse = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
+      normalized = Normalized(inverse, delta)
+    gradients = kernel.backward(*given, normalized, x["d_out"], x["d_state"], settings, **options)
+    return out, state, gradients
+
+  return _named(*jax.jit(both)(*given))
+
+
+def _named(out, state, gradients) -> dict[str, Any]:
+  dq, dk, dv, dg, d_state = gradients
+  named = {"out": out, "state.kv": state.kv, "state.z": state.z}
+  named |= {"dq": dq, "dk": dk, "dv": dv, "dg": dg}
+  named |= {"d_state.kv": d_state.kv, "d_state.z": d_state.z}
+  return {name: x for name, x in named.items() if x is not None}
+
+
+def check(kernel: Any, problem: Problem, **options: Any) -> None:
+  """Every result of a kernel by name."""
+  want, got = expected(problem), run(kernel, problem, **options)
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    assert got[name].shape == x.shape, name
+    kit.assert_close(name, got[name], x, problem.dtype)
