@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from attention import chunks
 from attention.feature_maps import FeatureMap
@@ -210,6 +210,11 @@ def full_decay(g: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
   return jnp.broadcast_to(g[None, None], shape)[..., None] if g.ndim == 1 else g[..., None]
 
 
+def begins(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """Which tokens begin another document than the token before."""
+  return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+
+
 def make_marks(
   shape: tuple[int, int],
   chunk_size: int,
@@ -223,8 +228,7 @@ def make_marks(
   keep = index < (T if lengths is None else lengths.astype(jnp.int32)[:, None])
   runs = before = None
   if segment_ids is not None:
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
-    runs = chunks.number_runs(starts & keep)  # padding begins no document
+    runs = chunks.number_runs(begins(segment_ids) & keep)  # padding begins no document
     runs = cut(runs, chunk_size, mode="edge")
     before = jnp.concatenate([jnp.zeros_like(runs[:1, :, 0]), runs[:-1, :, -1]])
   positions = jnp.broadcast_to(index if positions is None else positions, (B, T))

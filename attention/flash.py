@@ -5,19 +5,16 @@ derivative is put together here: delta = rowsum(dO O) - dlse makes the log-sum-e
 the sinks' gradient follows from it, and the kernel's backward pass does the rest. Which kernel is
 data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash` describes. Kernels
 are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
-Under `vmap` a kernel runs once for each element, one after the other; it fills a chip by itself.
 """
 
-import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
-from attention import chips, lowering, masks
+from attention import kernels, lowering, masks
 from attention.masks import Mask
 from attention.scores import Modifiers
 from pallas_kernels.flash import Extras, Settings
@@ -54,15 +51,10 @@ def _kernel(chip: str) -> ModuleType:
   return flash_tpu
 
 
-_ABSENT = {"hopper": chips.not_hopper, "tpu": chips.not_tpu}
-
-
 def unsupported(chip: str, call: Any) -> str | None:
   """Why a call of `dot_product_attention` cannot run here, forward and backward, or None."""
-  if reason := _ABSENT[chip]():
+  if reason := kernels.unsupported(chip, call[:3]):
     return reason
-  if any(jax.typeof(x).manual_axis_type.varying for x in call[:3]):
-    return "inside of shard_map it needs check_vma=False"
   static, operands = _split(chip, call)
   _, extras, settings = _given(static, operands)
   return _kernel(chip).unsupported(*operands[:3], extras, settings)
@@ -116,30 +108,14 @@ def _visits(mask: Mask, operands: _Operands, blocks: tuple[int, int]) -> Any:
   return lowering.visits(mask, operands.q.shape[1], operands.k.shape[1], *blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, operands: _Operands):
-  return _forward(static, operands)[0]
+def _forward(static: _Static, operands: _Operands) -> tuple[Array, Array]:
+  mask, extras, settings = _given(static, operands)
+  by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
+  return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
 
 
-def _forward(static, operands):
-  out, lse = _run(static, operands)
-  return (out, lse), (operands, out, lse)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run(static, operands):
-  def kernel(operands):
-    mask, extras, settings = _given(static, operands)
-    by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
-    return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
-
-  return sequential_vmap(kernel)(operands)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(static, saved, gradients):
-  operands, out, lse = saved
-  d_out, d_lse = gradients
+def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any) -> Any:
+  (out, lse), (d_out, d_lse) = results, gradients
   product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1).swapaxes(1, 2) - d_lse
   d_sinks = None
@@ -147,31 +123,24 @@ def _backward(static, saved, gradients):
     share = jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse)
     d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
 
-  def kernel(operands, *rows):
-    mask, extras, settings = _given(static, operands)
-    blocks = _blocks(static, operands)
-    by_query, by_key = (_visits(mask, operands, block) for block in (blocks.d_query, blocks.d_key))
-    given = (*operands[:3], *rows, extras, settings, by_query[0], by_key[1])
-    return _kernel(static.chip).backward(*given)
-
+  mask, extras, settings = _given(static, operands)
+  blocks = _blocks(static, operands)
+  by_query, by_key = (_visits(mask, operands, block) for block in (blocks.d_query, blocks.d_key))
   rows = d_out.astype(operands.v.dtype), jnp.where(lse == -jnp.inf, jnp.inf, lse), delta
-  dq, dk, dv, d_bias, d_slopes = sequential_vmap(kernel)(operands, *rows)
+  dq, dk, dv, d_bias, d_slopes = _kernel(static.chip).backward(
+    *operands[:3], *rows, extras, settings, by_query[0], by_key[1]
+  )
   dq, dk, dv, d_modifiers = jax.tree.map(
     lambda gradient, x: gradient.astype(x.dtype),
     (dq, dk, dv, Modifiers(d_bias, d_slopes)),
     (*operands[:3], operands.modifiers),
   )
-  given = operands._replace(q=dq, k=dk, v=dv, modifiers=d_modifiers, sinks=d_sinks)
-  return (given._replace(dropout_seeds=None, mask=None),)
+  given: Any = operands._replace(q=dq, k=dk, v=dv, modifiers=d_modifiers, sinks=d_sinks)
+  return given._replace(dropout_seeds=None, mask=None)
 
 
-@_run.defjvp
-@_backward.defjvp
-def _no_second_derivative(static, primals, tangents):
-  raise NotImplementedError(
-    f"the {static.chip!r} kernel is differentiable once, its backward pass recomputes and saves "
-    "nothing; implementation='xla' has derivatives of every order in O(T S) memory"
-  )
-
-
-_attend.defvjp(_forward, _backward)
+_attend = kernels.differentiable_once(
+  _forward,
+  _backward,
+  instead="implementation='xla' has derivatives of every order in O(T S) memory",
+)

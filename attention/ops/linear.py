@@ -33,6 +33,7 @@ chunks back, each recomputed as it is needed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import feature_maps, loops
+from attention import feature_maps, linear_kernels, loops
 from attention.chunk_scan import (
   Rule,
   State,
@@ -125,7 +126,8 @@ def linear_attention(
     scale: factor on unnormalized outputs. The default is 1, not H^-0.5 as in softmax: a feature map
       carries its own scale, a normalizer cancels any, and Mamba-2, Lightning and HGRN2 have none;
       pass q.shape[-1]**-0.5 for GLA and RetNet.
-    implementation: "chunked", "reference", or None for the best.
+    implementation: "hopper" or "tpu" (the kernels of those chips, differentiable once), "chunked",
+      "reference", or None for the best.
 
   Returns:
     The output [B T N h] in v's dtype, and with `return_state` the state.
@@ -214,11 +216,24 @@ def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None
 
 def chunked(call: Call) -> tuple[Output, State]:
   """The call in chunks: matrix products inside and between them, one pass over time."""
+  v = call.v
+  if call.bidirectional:  # the sum of two walks is rounded once
+    v = v.astype(sum_dtype(call.q))
+  out, state = _directed(_chunked, call._replace(v=v))
+  return out.astype(call.v.dtype), state
+
+
+def _directed(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tuple[Output, State]:
+  """A call of any direction by `walk`, which goes from the first token to the last."""
   if call.bidirectional:
-    return _both_ways(call)
+    return _both_ways(walk, call)
   if call.reverse:
-    out, state = chunked(_flipped(call))
+    out, state = walk(_flipped(call))
     return jnp.flip(out, axis=1), state
+  return walk(call)
+
+
+def _chunked(call: Call) -> tuple[Output, State]:
   B, T, N, _ = call.q.shape
   dtype = sum_dtype(call.q)
   C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
@@ -258,28 +273,36 @@ def _flipped(call: Call) -> Call:
   )
 
 
-def _both_ways(call: Call) -> tuple[Output, State]:
+def _both_ways(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tuple[Output, State]:
   """Every token reads every token: one state for all, or two walks less each own write once."""
-  B, T, N, H = call.q.shape
-  precision = lax.Precision.HIGHEST
-  dtype = sum_dtype(call.q)
+  (B, T, N, _), dtype = call.q.shape, sum_dtype(call.q)
   q = call.feature_map(call.q.astype(dtype), positions=call.positions, is_query=True)
   k = call.feature_map(call.k.astype(dtype), positions=call.positions, is_query=False)
-  v = call.v.astype(dtype)
-  if call.normalize:  # one column of ones: its sums are the normalizer
-    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-  empty = State(jnp.zeros((B, N, 0, 0), v.dtype), jnp.zeros((B, N, 0), v.dtype))
+  one_way = _one_way(call)
+  v = one_way.v.astype(dtype)
+  empty = State(jnp.zeros((B, N, 0, 0), dtype), jnp.zeros((B, N, 0), dtype))
   if call.log_decay is None and call.segment_ids is None:
     q = q.reshape(B, T, k.shape[2], -1, q.shape[-1])
-    kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=precision)
-    out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=precision).reshape(B, T, N, -1)
+    kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=lax.Precision.HIGHEST)
+    out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=lax.Precision.HIGHEST)
+    out = out.reshape(B, T, N, -1)
   else:
-    plain = call._replace(v=v, normalize=False, bidirectional=False, scale=1.0)
     own = jnp.sum(q * jnp.repeat(k, N // k.shape[2], axis=2), axis=-1, keepdims=True)
     own = own * jnp.repeat(v, N // v.shape[2], axis=2)
-    out = chunked(plain)[0] + chunked(plain._replace(reverse=True))[0] - own
+    there, back = (
+      _directed(walk, one_way._replace(reverse=reverse))[0] for reverse in (False, True)
+    )
+    out = there.astype(dtype) + back.astype(dtype) - own
   out = divide(out[..., :-1], out[..., -1:]) if call.normalize else out * call.scale
   return out.astype(call.v.dtype), empty
+
+
+def _one_way(call: Call) -> Call:
+  """Either walk of a bidirectional call: unnormalized, the weights' sum as one more value."""
+  v = call.v
+  if call.normalize:
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+  return call._replace(v=v, normalize=False, bidirectional=False, scale=1.0)
 
 
 def reference(
@@ -351,7 +374,19 @@ def _recurrence(call: Call) -> tuple[Output, State]:
   return jnp.where(real[..., None, None], out, 0).astype(call.v.dtype), state
 
 
+def _kernel(chip: str) -> Implementation:
+  """The hand-written kernel for a chip; it walks one way."""
+
+  def unsupported(call: Call) -> str | None:
+    return linear_kernels.unsupported(chip, _one_way(call) if call.bidirectional else call)
+
+  walk = functools.partial(linear_kernels.run, chip)
+  return Implementation(run=functools.partial(_directed, walk), unsupported=unsupported)
+
+
 IMPLEMENTATIONS = {
+  "hopper": _kernel("hopper"),
+  "tpu": _kernel("tpu"),
   "chunked": Implementation(run=chunked, unsupported=lambda call: None),
   "reference": Implementation(run=_recurrence, unsupported=lambda call: None),
 }

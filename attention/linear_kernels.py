@@ -1,0 +1,129 @@
+"""Linear attention by a hand-written kernel: what all chips share.
+
+A kernel knows k, v, decays and a state (`pallas_kernels.linear`), so everything else is lowered
+here: features are made, a token that is padding neither writes nor fades, and a document begins
+where a state fades to nothing. The derivative of a normalized output is put together here, and the
+kernel's backward pass, which recomputes the states, does the rest.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attention import chunk_scan, kernels
+from pallas_kernels import linear
+from pallas_kernels.linear import FORGET, Normalized, Settings
+
+
+class _Static(NamedTuple):
+  """What is known before anything runs."""
+
+  chip: str
+  settings: Settings
+
+
+class _Operands(NamedTuple):
+  """Every array of a call, as a kernel reads it."""
+
+  q: Array
+  k: Array
+  v: Array
+  g: Array | None
+  state: linear.State
+
+
+def _kernel(chip: str) -> ModuleType:
+  if chip == "hopper":
+    from pallas_kernels import linear_hopper
+
+    return linear_hopper
+  from pallas_kernels import linear_tpu
+
+  return linear_tpu
+
+
+def unsupported(chip: str, call: Any) -> str | None:
+  """Why a call of `linear_attention` cannot run here, forward and backward, or None."""
+  if reason := kernels.unsupported(chip, (call.q, call.k, call.v)):
+    return reason
+  static, operands = _lowered(chip, call)
+  return _kernel(chip).unsupported(*operands[:4], static.settings)
+
+
+def run(chip: str, call: Any) -> tuple[Array, chunk_scan.State]:
+  """The output and the state of a call that runs from the first token to the last."""
+  static, operands = _lowered(chip, call)
+  out, _, state = _attend(static, operands)
+  if call.lengths is not None:
+    out = jnp.where(_real(call)[..., None, None], out, 0)
+  z = call.initial_state.z if call.initial_state and state.z is None else state.z
+  z = jnp.zeros(state.kv.shape[:3], state.kv.dtype) if z is None else z
+  return out, chunk_scan.State(state.kv, z)
+
+
+def _real(call: Any) -> Array:
+  """Which tokens are not padding, `B T`."""
+  B, T = call.q.shape[:2]
+  lengths = jnp.full((B,), T) if call.lengths is None else call.lengths
+  return jnp.arange(T, dtype=lengths.dtype)[None] < lengths[:, None]
+
+
+def _lowered(chip: str, call: Any) -> tuple[_Static, _Operands]:
+  """The call as its kernel reads it."""
+  phi = call.feature_map
+  q = phi(call.q.astype(jnp.float32), positions=call.positions, is_query=True)
+  k = phi(call.k.astype(jnp.float32), positions=call.positions, is_query=False)
+  if call.lengths is not None:
+    k = jnp.where(_real(call)[..., None, None], k, 0)
+  g = _decays(call)
+  B, N, M = q.shape[0], max(call.q.shape[2], call.v.shape[2]), q.shape[3]
+  kv, z = jnp.zeros((B, N, M, call.v.shape[3])), jnp.zeros((B, N, M))
+  if call.initial_state is not None:
+    kv, z = (x.astype(jnp.float32) for x in call.initial_state)
+  state = linear.State(kv, z if call.normalize else None)
+  operands = _Operands(q.astype(call.q.dtype), k.astype(call.k.dtype), call.v, g, state)
+  return _Static(chip, Settings(call.scale, call.normalize)), operands
+
+
+def _decays(call: Any) -> Array | None:
+  """g of every token, 0 at padding and `FORGET` where a document begins; None if all is 0."""
+  (B, T), g = call.q.shape[:2], call.log_decay
+  if g is not None:
+    g = jnp.maximum(g.astype(jnp.float32), FORGET)
+  if call.segment_ids is None and (g is None or g.ndim == 1 and call.lengths is None):
+    return g
+  N = max(call.q.shape[2], call.v.shape[2])
+  g = jnp.zeros((N,)) if g is None else g
+  g = jnp.broadcast_to(g[None, None], (B, T, N)) if g.ndim == 1 else g
+  real = _real(call).reshape(B, T, *(1,) * (g.ndim - 2))
+  if call.segment_ids is not None:
+    begins = chunk_scan.begins(call.segment_ids).reshape(real.shape)
+    g = jnp.where(begins & real, FORGET, g)
+  return jnp.where(real, g, 0.0)
+
+
+def _forward(static: _Static, operands: _Operands) -> tuple[Array, Array | None, linear.State]:
+  return _kernel(static.chip).forward(*operands, static.settings)
+
+
+def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any) -> _Operands:
+  out, weight, _ = results
+  d_out, _, d_state = gradients
+  normalized = None
+  if weight is not None:
+    something = weight != 0
+    inverse = jnp.where(something, 1 / jnp.where(something, weight, 1.0), 0.0)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    normalized = Normalized(inverse, delta)
+  d_operands = _Operands(
+    *_kernel(static.chip).backward(*operands, normalized, d_out, d_state, static.settings)
+  )
+  return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), d_operands, operands)
+
+
+_attend = kernels.differentiable_once(
+  _forward, _backward, instead="implementation='chunked' has derivatives of every order"
+)
