@@ -215,6 +215,11 @@ def begins(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
   return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
 
 
+def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """The number of each token's document, from 0."""
+  return chunks.number_runs(begins(segment_ids))
+
+
 def make_marks(
   shape: tuple[int, int],
   chunk_size: int,

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import feature_maps, linear_kernels, loops
+from attention import context_parallel, feature_maps, linear_kernels, loops
 from attention.chunk_scan import (
   Rule,
   State,
@@ -53,6 +53,7 @@ from attention.chunk_scan import (
   scan,
   sum_dtype,
 )
+from attention.context_parallel import TimeAxis
 from attention.dispatch import Implementation, choose
 from attention.feature_maps import FeatureMap
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
@@ -77,6 +78,7 @@ class Call(NamedTuple):
   bidirectional: bool
   chunk_size: int
   scale: float
+  time_axis: TimeAxis | None
 
 
 def linear_attention(
@@ -94,6 +96,7 @@ def linear_attention(
   lengths: Int[Array, " B"] | None = None,
   reverse: bool = False,
   bidirectional: bool = False,
+  axis_name: str | None = None,
   chunk_size: int | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -122,6 +125,9 @@ def linear_attention(
     reverse: the recurrence runs from the last token to the first: token t reads what is written at
       t and after.
     bidirectional: token t reads every token, decayed by the distance on both sides, itself once.
+    axis_name: inside of `jax.shard_map`, the axis of the mesh that cuts time: the T tokens here
+      stand between those of the devices beside this one; initial_state, the state before all of
+      them, is the same everywhere, as is the state returned (`attention/context_parallel.py`).
     chunk_size: C, a power of two; changes speed and the last bits.
     scale: factor on unnormalized outputs. The default is 1, not H^-0.5 as in softmax: a feature map
       carries its own scale, a normalizer cancels any, and Mamba-2, Lightning and HGRN2 have none;
@@ -139,14 +145,19 @@ def linear_attention(
     q, k, v, log_decay=log_decay, feature_map=feature_map, normalize=normalize,
     initial_state=initial_state, return_state=return_state, segment_ids=segment_ids,
     positions=positions, lengths=lengths, reverse=reverse, bidirectional=bidirectional,
-    chunk_size=chunk_size, scale=scale,
+    axis_name=axis_name, chunk_size=chunk_size, scale=scale,
   )  # fmt: skip
   out, state = _run(call, implementation)
   return (out, state) if return_state else out
 
 
 def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
-  return IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run
+  if call.time_axis is not None and call.positions is None:
+    T = call.q.shape[1]
+    at = lax.axis_index(call.time_axis.name) * T + jnp.arange(T, dtype=jnp.int32)
+    call = call._replace(positions=at[None])
+  return run(call)
 
 
 def describe(
@@ -164,6 +175,7 @@ def describe(
   lengths: Any = None,
   reverse: bool = False,
   bidirectional: bool = False,
+  axis_name: str | None = None,
   chunk_size: int | None = None,
   scale: float | None = None,
 ) -> Call:
@@ -188,25 +200,36 @@ def describe(
   if initial_state is not None:
     _check_shape("initial_state.kv", initial_state.kv, (B, N, M, v.shape[3]))
     _check_shape("initial_state.z", initial_state.z, (B, N, M))
-  if bidirectional and (
-    reverse or return_state or initial_state is not None or lengths is not None
-  ):
-    raise ValueError(
-      "bidirectional=True reads both ways, so it excludes reverse, lengths and states, got "
-      f"reverse={reverse}, lengths={lengths is not None}, return_state={return_state}, "
-      f"initial_state={initial_state is not None}"
-    )
-  if reverse and lengths is not None:
-    raise ValueError(
-      "lengths pads the end, where reverse=True begins; flip the inputs instead, got both"
-    )
+  states = {"return_state": return_state, "initial_state": initial_state is not None}
+  _check_direction(reverse, bidirectional, lengths is not None, states, axis_name)
   chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
   if chunk_size < 1 or chunk_size & (chunk_size - 1):
     raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
   return Call(
     q, k, v, log_decay, feature_map, normalize, initial_state, segment_ids, positions, lengths,
     reverse, bidirectional, chunk_size, 1.0 if scale is None else scale,
+    None if axis_name is None else TimeAxis(axis_name),
   )  # fmt: skip
+
+
+def _check_direction(
+  reverse: bool, bidirectional: bool, padded: bool, states: dict[str, bool], axis_name: str | None
+) -> None:
+  if bidirectional and (reverse or padded or any(states.values())):
+    given = {"reverse": reverse, "lengths": padded} | states
+    raise ValueError(
+      "bidirectional=True reads both ways, so it excludes reverse, lengths and states, got "
+      + ", ".join(f"{name}={value}" for name, value in given.items())
+    )
+  if reverse and padded:
+    raise ValueError(
+      "lengths pads the end, where reverse=True begins; flip the inputs instead, got both"
+    )
+  if axis_name is not None and padded:
+    raise ValueError(
+      f"lengths counts the tokens of one device, where axis_name={axis_name!r} cuts time over "
+      "several; mark padding by segment_ids instead"
+    )
 
 
 def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None:
@@ -228,9 +251,25 @@ def _directed(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tuple
   if call.bidirectional:
     return _both_ways(walk, call)
   if call.reverse:
-    out, state = walk(_flipped(call))
+    out, state = _directed(walk, _flipped(call))
     return jnp.flip(out, axis=1), state
+  if call.time_axis is not None:
+    entering, final = _states(call, call.time_axis)
+    return walk(call._replace(initial_state=entering, time_axis=None))[0], final
   return walk(call)
+
+
+def _states(call: Call, axis: TimeAxis) -> tuple[State, State]:
+  """What enters this device's tokens, and what all devices' leave."""
+  dtype = sum_dtype(call.q)
+  k = call.feature_map(call.k.astype(dtype), positions=call.positions, is_query=False)
+  g = full_decay(call.log_decay, call.q.shape[:3])
+  g = None if g is None else g.astype(dtype)
+  initial = _initial_state(call, loops.zero((call.q, k, call.v, g), dtype))
+  entering, final = context_parallel.states(
+    k, call.v.astype(dtype), g, call.segment_ids, initial, axis
+  )
+  return entering, final if call.normalize else final._replace(z=initial.z)
 
 
 def _chunked(call: Call) -> tuple[Output, State]:
@@ -239,12 +278,7 @@ def _chunked(call: Call) -> tuple[Output, State]:
   C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
   tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, call.q.shape[:3]))
   marks = make_marks((B, T), C, call.positions, call.lengths, call.segment_ids)
-  state = call.initial_state
-  if state is None:
-    M = call.feature_map.num_features(call.q.shape[3])
-    state = State(jnp.zeros((B, N, M, call.v.shape[3])), jnp.zeros((B, N, M)))
-  zero = loops.zero((tokens, marks), dtype)
-  state = jax.tree.map(lambda x: x.astype(dtype) + zero, state)
+  state = _initial_state(call, loops.zero((tokens, marks), dtype))
 
   precision = lax.Precision.HIGHEST if call.q.dtype.itemsize >= 4 else lax.Precision.DEFAULT
   rule = Rule(N, dtype, call.normalize, call.scale, precision)
@@ -254,6 +288,14 @@ def _chunked(call: Call) -> tuple[Output, State]:
     real = jnp.arange(T, dtype=call.lengths.dtype)[None] < call.lengths[:, None]
     out = jnp.where(real[..., None, None], out, 0)
   return out, state
+
+
+def _initial_state(call: Call, zero: jax.Array) -> State:
+  """What the walk begins with, in the dtype of `zero` and typed as it is inside of shard_map."""
+  (B, _, N, H), h = call.q.shape, call.v.shape[3]
+  M = call.feature_map.num_features(H)
+  state = call.initial_state or State(jnp.zeros((B, N, M, h)), jnp.zeros((B, N, M)))
+  return jax.tree.map(lambda x: x.astype(zero.dtype) + zero, state)
 
 
 def _flipped(call: Call) -> Call:
@@ -268,6 +310,7 @@ def _flipped(call: Call) -> Call:
     v=flip(call.v),
     log_decay=g if g is None or g.ndim == 1 else flip(g),
     positions=flip(positions),
+    time_axis=call.time_axis and call.time_axis._replace(reverse=True),
     segment_ids=None if call.segment_ids is None else flip(call.segment_ids),
     reverse=False,
   )
@@ -284,6 +327,7 @@ def _both_ways(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tupl
   if call.log_decay is None and call.segment_ids is None:
     q = q.reshape(B, T, k.shape[2], -1, q.shape[-1])
     kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=lax.Precision.HIGHEST)
+    kv = kv if call.time_axis is None else lax.psum(kv, call.time_axis.name)
     out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=lax.Precision.HIGHEST)
     out = out.reshape(B, T, N, -1)
   else:
@@ -324,7 +368,7 @@ def reference(
   del implementation
   both = bidirectional or not is_causal
   call = describe(q, k, v, bidirectional=both, return_state=return_state, **options)
-  out, state = _recurrence(call)
+  out, state = _run(call, "reference")
   return (out, state) if return_state else out
 
 
@@ -388,7 +432,10 @@ IMPLEMENTATIONS = {
   "hopper": _kernel("hopper"),
   "tpu": _kernel("tpu"),
   "chunked": Implementation(run=chunked, unsupported=lambda call: None),
-  "reference": Implementation(run=_recurrence, unsupported=lambda call: None),
+  "reference": Implementation(
+    run=_recurrence,
+    unsupported=lambda call: "it runs on one device" if call.time_axis else None,
+  ),
 }
 """Every way to compute `linear_attention`, the best first."""
 
