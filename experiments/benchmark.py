@@ -10,25 +10,21 @@ tokamax by `pip install 'frugal-attention[peers]'`, PyTorch in this Python or in
 """
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments import flags
+from experiments import flags, provenance
 from experiments.benchmarks import (
   chip,
   chip_picture,
@@ -201,37 +197,16 @@ def _measure_memory(
 
 def _environment(torch: Mapping[str, Any]) -> dict[str, Any]:
   """Where and with what the numbers were made, of torch what it tells."""
-  packages = ("jax", "jaxlib", "flax", "numpy", "tokamax")
-  versions = {"python": platform.python_version(), "torch": torch.get("torch")}
-  for package in packages:
-    versions[package] = _or_none(lambda package=package: importlib.metadata.version(package))
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": _commit(),
+  told = provenance.environment(("jax", "jaxlib", "flax", "numpy", "tokamax"))
+  return told | {
     "command": _command(),
     "device": jax.devices()[0].device_kind,
     "processor": _processor(),
     "cores": resident.cores(),
     "torch_threads": torch.get("threads"),
     "system": f"{platform.system()} {platform.machine()}",
-    "versions": versions,
+    "versions": told["versions"] | {"torch": torch.get("torch")},
   }
-
-
-def _or_none(get: Callable[[], str]) -> str | None:
-  try:
-    return get()
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
-def _commit() -> str | None:
-  """The commit of the working tree, "+" if files differ from it; None outside of a repository."""
-  git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
-  if shutil.which("git") is None:
-    return None
-  done = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True)
-  return done.stdout.strip() or None
 
 
 def _command() -> str:
