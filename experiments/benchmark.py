@@ -101,7 +101,8 @@ def measure(name: str, torch_python: str = "") -> dict[str, Any]:
 def _absent(suite: Suite, torch: Torch) -> dict[str, str]:
   """Who cannot be measured here, and why."""
   found = {name: contenders.absent(name) for name in suite.lengths}
-  found |= {"torch": torch.absent, "memory": resident.unsupported()}
+  found |= {name: torch.absence(name) for name in contenders.IN_TORCH if name in suite.lengths}
+  found["memory"] = resident.unsupported()
   absent = {name: why for name, why in found.items() if why}
   for why in absent.values():
     say(f"absent: {why}")
@@ -112,9 +113,9 @@ def _refuse_the_wrong(suite: Suite, group: Sequence[str], T: int, torch: Torch) 
   """Each contender's error at its shortest length."""
   errors = {}
   for name in group:
-    if name == "torch":
+    if name in contenders.IN_TORCH:
       torch.load(suite, T)
-      errors[name] = torch.error(suite, T)
+      errors[name] = torch.error(name, suite, T)
     else:
       errors[name] = contenders.error(contenders.make(name), suite, T)
     if not errors[name] <= TOLERANCE:
@@ -124,28 +125,30 @@ def _refuse_the_wrong(suite: Suite, group: Sequence[str], T: int, torch: Torch) 
 
 def _time_length(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> list[dict[str, Any]]:
   """Rows of forward, and of forward and backward, at one length."""
-  if "torch" in group:
+  in_torch = [name for name in group if name in contenders.IN_TORCH]
+  if in_torch:
     torch.load(suite, T)
   arguments, rows = contenders.arguments(suite, T), []
   for kind in (FORWARD, BOTH):
     timers: dict[str, timing.Timer] = {}
     for name in group:
-      if name == "torch":
-        timers[name] = _torch_timer(torch, kind)
+      if name in in_torch:
+        timers[name] = _torch_timer(torch, kind, contenders.IN_TORCH[name][0])
       else:
         contender = contenders.make(name)
         extra = contenders.inputs(contender, suite, T)
         function = jax.jit(contenders.program(contender, kind))
         timers[name] = timing.timer(function, [*arguments, extra])
     rounds = suite.few_rounds if suite.long <= T else suite.rounds
-    settle = SETTLE if "torch" in group else 0.0
+    settle = SETTLE if in_torch else 0.0
     measured = timing.interleave(timers, rounds, settle=settle)
     rows += [{"contender": who, "kind": kind, "T": T} | t.row() for who, t in measured.items()]
   return rows
 
 
-def _torch_timer(torch: Torch, kind: str) -> timing.Timer:
-  return lambda repeats: torch.ask("time", kind=kind, repeats=repeats)["seconds"]
+def _torch_timer(torch: Torch, kind: str, backend: str) -> timing.Timer:
+  ask = functools.partial(torch.ask, "time", kind=kind, backend=backend)
+  return lambda repeats: ask(repeats=repeats)["seconds"]
 
 
 def _time_steps(suite: Suite) -> list[dict[str, Any]]:
@@ -205,7 +208,7 @@ def _environment(torch: Mapping[str, Any]) -> dict[str, Any]:
     "cores": resident.cores(),
     "torch_threads": torch.get("threads"),
     "system": f"{platform.system()} {platform.machine()}",
-    "versions": told["versions"] | {"torch": torch.get("torch")},
+    "versions": told["versions"] | {"torch": torch.get("torch"), "fla": torch.get("fla")},
   }
 
 

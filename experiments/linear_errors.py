@@ -121,8 +121,10 @@ def make(case: str, decay: str, normalize: bool, dtype: str, tokens: int) -> Inp
 def by_op(x: Inputs, normalize: bool, implementation: str) -> dict[str, Any]:
   """Every result by name, from `linear_attention` and automatic differentiation."""
 
+  attend: Any = linear_attention  # a pair, because a state is asked for
+
   def run(q, k, v, g, kv):
-    out, state = linear_attention(
+    out, state = attend(
       q, k, v, log_decay=g, normalize=normalize, initial_state=linear.State(kv, x["z"]),
       return_state=True, segment_ids=x["ids"], implementation=implementation,
     )  # fmt: skip

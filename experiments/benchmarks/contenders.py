@@ -30,8 +30,13 @@ OURS: Final[Mapping[str, str]] = {
   "tiled, window 256": "softmax:window=256:implementation=tiled",
   "linear": "linear:feature_map=identity:normalize=false:implementation=chunked",
   "linear, elu+1": "linear:feature_map=elu_plus_one:normalize=true:implementation=chunked",
+  "recurrence": "linear:feature_map=identity:normalize=false:implementation=reference",
 }
-PEERS: Final = ("jax.nn", "tokamax", "torch")
+IN_TORCH: Final[Mapping[str, tuple[str, str]]] = {
+  "torch": ("", "softmax"),
+  "fla": ("fla", "linear"),
+}
+"""Who runs in the worker: its backend there, and whose reference is its truth."""
 VARIANT: Final = "variant "  # "variant softmax" is that entry with its default options
 
 
@@ -66,7 +71,7 @@ def absent(name: str) -> str | None:
 
 
 def make(name: str) -> Contender:
-  """The contender of this name; torch has none, it runs elsewhere."""
+  """The contender of this name; those in torch have none, they run elsewhere."""
   softmax = VARIANTS["softmax"].reference
   if name == "jax.nn":
     dense = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -196,11 +201,21 @@ class Torch:
         pathlib.Path(folder, name).write_bytes(np.asarray(array).tobytes())
       self.ask("load", folder=folder, shape=list(arrays[0].shape))
 
-  def error(self, suite: Suite, T: int) -> float:
+  def absence(self, name: str) -> str | None:
+    """Why this one of `IN_TORCH` cannot be asked, or None."""
+    if self.absent or name == "torch":
+      return self.absent
+    missing = "is not installed beside torch (pip install flash-linear-attention)"
+    return None if self.versions[name] else f"{name} {missing}"
+
+  def error(self, name: str, suite: Suite, T: int) -> float:
     """As `error`, of what was loaded."""
     q, k, v, _ = arguments(suite, T)
-    want = np.asarray(VARIANTS["softmax"].reference(q, k, v))
-    return float(np.max(np.abs(self.answer(want.shape) - want)) / np.max(np.abs(want)))
+    backend, variant = IN_TORCH[name]
+    options = {} if name == "torch" else {"normalize": False}
+    want = np.asarray(VARIANTS[variant].reference(q, k, v, **options))
+    answer = self.answer(want.shape, backend=backend)
+    return float(np.max(np.abs(answer - want)) / np.max(np.abs(want)))
 
   def answer(self, shape: Sequence[int], **request: Any) -> np.ndarray:
     """Its answer to what was handed over, float32 [B T N H]."""

@@ -15,6 +15,8 @@ STYLES: Final[Mapping[str, dict[str, Any]]] = {
   "jax.nn": {"color": "#697386", "linestyle": "--", "marker": "s"},
   "tokamax": {"color": "#8c7d5b", "linestyle": "--", "marker": "^"},
   "torch": {"color": "#b0625a", "linestyle": "--", "marker": "D"},
+  "fla": {"color": "#9b8ca8", "linestyle": "--", "marker": "v"},
+  "recurrence": {"color": "#b9bfc9", "linestyle": ":", "marker": "o"},
   "tiled": {"color": "#1f5fb4", "marker": "o"},
   "tiled, window 256": {"color": "#6a9fd8", "marker": "o"},
   "linear": {"color": "#20803f", "marker": "o"},

@@ -6,7 +6,10 @@ need not be the one that has jax, so it imports nothing else that has to be inst
 """
 
 import ctypes
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -69,7 +72,9 @@ class Worker:
     return {}
 
   def attend(self, backend: str) -> Any:
-    """The output, by one of torch's backends or by its own choice."""
+    """The output, by one of torch's backends, by its own choice, or by "fla": linear attention."""
+    if backend == "fla":
+      return fla(*(x.transpose(1, 2) for x in self.inputs), scale=1.0).transpose(1, 2)
     attend = self.torch.nn.functional.scaled_dot_product_attention
     if not backend:
       return attend(*self.inputs, **self.allowed)
@@ -120,6 +125,23 @@ class Worker:
     return {}
 
 
+def fla(*qkv: Any, **options: Any) -> Any:
+  """Flash-linear-attention's reference in chunks, [B, T, N, H]. Its file needs torch alone, and the
+  package around it the kernels' compiler.
+  """
+  return _fla().naive_chunk_linear_attn(*qkv, **options)
+
+
+@functools.cache
+def _fla() -> Any:
+  package: Any = importlib.util.find_spec("fla")
+  file = pathlib.Path(package.submodule_search_locations[0], "ops", "linear_attn", "naive.py")
+  spec: Any = importlib.util.spec_from_file_location("fla_naive", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
 def main() -> None:
   """Serves requests {"do": method, ...} until the input ends."""
   replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
@@ -141,11 +163,19 @@ def versions(torch: Any) -> dict[str, Any]:
   """What it is and what it uses."""
   return {
     "torch": torch.__version__,
+    "fla": _version("flash-linear-attention"),
     "threads": torch.get_num_threads(),
     "cuda": torch.version.cuda,
     "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
     "devices": torch.cuda.device_count(),
   }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 if __name__ == "__main__":
