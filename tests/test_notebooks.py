@@ -95,6 +95,24 @@ def test_masks_and_kernels():
 
 
 @pytest.mark.slow
+def test_linear_attention():
+  """Every claim of the lesson that a number could contradict, time apart."""
+  notebook = execute("linear_attention")
+  text = printed(notebook)
+  assert len(pictures(notebook)) == 5
+  assert float(re.search(r"largest difference ([\d.e+-]+)", text)[1]) < 1e-5
+  assert float(re.search(r"running sums is off by ([\d.e+-]+)", text)[1]) > 1e-4
+  assert float(re.search(r"ours is off by ([\d.e+-]+)", text)[1]) < 1e-6
+  recall = dict(re.findall(r"(\w+(?:, 64)?): ([\d.]+) of 64 pairs", text))
+  kinds = ("elu_plus_one", "identity", "taylor", "softmax")
+  assert [float(recall[name]) for name in kinds] == sorted(float(recall[name]) for name in kinds)
+  assert float(recall["taylor"]) > 2 * float(recall["identity"]) and recall["softmax"] == "1.00"
+  sizes = re.findall(r"(\w+), \d+ tokens: ([\d,]+) bytes", text)
+  softmax, linear = ([size for name, size in sizes if name == n] for n in ("softmax", "linear"))
+  assert len(set(softmax)) == len(linear) == 3 and len(set(linear)) == 1
+
+
+@pytest.mark.slow
 def test_what_it_calls_equal_is_equal(quickstart):
   text = printed(quickstart)
   found = re.findall(r"(?:difference|differ by) ([\d.e+-]+)", text)
