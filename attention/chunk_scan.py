@@ -73,9 +73,14 @@ class _Terms(NamedTuple):
   carry: jax.Array | float  # of the state that enters, when the state leaves
 
 
+def spread(x: jax.Array, num_heads: int, axis: int) -> jax.Array:
+  """Every head along `axis` repeated, neighbors together, until there are `num_heads`."""
+  return jnp.repeat(x, num_heads // x.shape[axis], axis=axis)
+
+
 def _head_major(x: jax.Array, num_heads: int) -> jax.Array:
-  """[B C K W] -> [B N C W], every key head repeated for its query heads."""
-  return jnp.repeat(jnp.swapaxes(x, 1, 2), num_heads // x.shape[2], axis=1)
+  """[B C K W] -> [B N C W], every head repeated for the output heads that read it."""
+  return spread(jnp.swapaxes(x, 1, 2), num_heads, 1)
 
 
 def _terms(rule: Rule, phi: FeatureMap, x: Tokens, marks: Marks) -> _Terms:

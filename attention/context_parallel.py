@@ -74,7 +74,7 @@ def states(
     fade = jnp.where((runs == runs[:, -1:])[..., None, None], fade, 0)
     goes_on = follow(ids, axis)[:, None, None]
     whole = jnp.where(goes_on & (runs[:, -1] == 0)[:, None, None], whole, 0)
-  k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+  k, v = (chunk_scan.spread(x, N, 2) for x in (k, v))
   k = k * fade
   made = State(
     jnp.einsum("btnm,btnh->bnmh", k, v, precision=lax.Precision.HIGHEST), jnp.sum(k, axis=1)

@@ -79,7 +79,7 @@ def _lowered(chip: str, call: Any) -> tuple[_Static, _Operands]:
   if call.lengths is not None:
     k = jnp.where(_real(call)[..., None, None], k, 0)
   g = _decays(call)
-  B, N, M = q.shape[0], max(call.q.shape[2], call.v.shape[2]), q.shape[3]
+  B, N, M = q.shape[0], call.num_heads, q.shape[3]
   kv, z = jnp.zeros((B, N, M, call.v.shape[3])), jnp.zeros((B, N, M))
   if call.initial_state is not None:
     kv, z = (x.astype(jnp.float32) for x in call.initial_state)
@@ -95,7 +95,7 @@ def _decays(call: Any) -> Array | None:
     g = jnp.maximum(g.astype(jnp.float32), FORGET)
   if call.segment_ids is None and (g is None or g.ndim == 1 and call.lengths is None):
     return g
-  N = max(call.q.shape[2], call.v.shape[2])
+  N = call.num_heads
   g = jnp.zeros((N,)) if g is None else g
   g = jnp.broadcast_to(g[None, None], (B, T, N)) if g.ndim == 1 else g
   real = _real(call).reshape(B, T, *(1,) * (g.ndim - 2))

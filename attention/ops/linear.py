@@ -33,6 +33,7 @@ chunks back, each recomputed as it is needed.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ from attention.chunk_scan import (
   full_decay,
   make_marks,
   scan,
+  spread,
   sum_dtype,
 )
 from attention.context_parallel import TimeAxis
@@ -80,6 +82,11 @@ class Call(NamedTuple):
   scale: float
   time_axis: TimeAxis | None
 
+  @property
+  def num_heads(self) -> int:
+    """N, of the output, the decay and the state."""
+    return max(self.q.shape[2], self.v.shape[2])
+
 
 def linear_attention(
   q: Query,
@@ -107,8 +114,10 @@ def linear_attention(
   output and through the state; gradients differentiate again, in reverse mode.
 
   Args:
-    q, k, v: [B T N H], [B T K H], [B T K h]; K divides N, and query head n reads key head n // (N /
-      K).
+    q, k, v: [B T N H], [B T K H], [B T K h]. The output has as many heads as the one of q and v
+      that has more, N; each of q, k and v may have any number of heads x that divides N, and output
+      head n reads head n // (N / x) of it. So keys and values may be shared by queries (K divides
+      N), and queries and keys by values (Mamba-2's C and B, by the heads of x).
     log_decay: g <= 0, natural logarithm: None, [N] per head, [B T N] per token and head, or [B T N
       M] per channel of phi.
     feature_map: phi, from `feature_maps` or its name; None is the identity.
@@ -184,13 +193,12 @@ def describe(
     raise ValueError(
       f"q, k, v must be [B T N H], [B T K H], [B T K h], got {q.shape}, {k.shape}, {v.shape}"
     )
-  B, T, N, H = q.shape
+  B, T, _, H = q.shape
   if k.shape[:2] != (B, T) or k.shape[3] != H:
     raise ValueError(f"k must be [B={B} T={T} K H={H}] as q {q.shape} says, got {k.shape}")
-  if v.shape[:3] != k.shape[:3]:
-    raise ValueError(f"v must have the batch, length and heads of k {k.shape}, got {v.shape}")
-  if N % k.shape[2]:
-    raise ValueError(f"q's heads must be a multiple of k's, got N={N} and K={k.shape[2]}")
+  if v.shape[:2] != (B, T):
+    raise ValueError(f"v must be [B={B} T={T} K h] as q {q.shape} says, got {v.shape}")
+  N = _output_heads(q, k, v)
   feature_map = feature_maps.get(feature_map, H)
   M = feature_map.num_features(H) if isinstance(feature_map, FeatureMap) else None
   _check_shape("log_decay", log_decay, (N,), (B, T, N), (B, T, N, M))
@@ -232,6 +240,18 @@ def _check_direction(
     )
 
 
+def _output_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> int:
+  """N, after a look at whether every number of heads divides it."""
+  N = max(q.shape[2], v.shape[2])
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if N % x.shape[2]:
+      raise ValueError(
+        f"{name}'s heads must divide the output's, the more of q's {q.shape[2]} and v's "
+        f"{v.shape[2]}: got {name} with {x.shape[2]} and N={N}"
+      )
+  return N
+
+
 def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None:
   if array is not None and array.shape not in shapes:
     raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {array.shape}")
@@ -263,7 +283,7 @@ def _states(call: Call, axis: TimeAxis) -> tuple[State, State]:
   """What enters this device's tokens, and what all devices' leave."""
   dtype = sum_dtype(call.q)
   k = call.feature_map(call.k.astype(dtype), positions=call.positions, is_query=False)
-  g = full_decay(call.log_decay, call.q.shape[:3])
+  g = full_decay(call.log_decay, (*call.q.shape[:2], call.num_heads))
   g = None if g is None else g.astype(dtype)
   initial = _initial_state(call, loops.zero((call.q, k, call.v, g), dtype))
   entering, final = context_parallel.states(
@@ -273,10 +293,10 @@ def _states(call: Call, axis: TimeAxis) -> tuple[State, State]:
 
 
 def _chunked(call: Call) -> tuple[Output, State]:
-  B, T, N, _ = call.q.shape
+  (B, T), N = call.q.shape[:2], call.num_heads
   dtype = sum_dtype(call.q)
   C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
-  tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, call.q.shape[:3]))
+  tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, (B, T, N)))
   marks = make_marks((B, T), C, call.positions, call.lengths, call.segment_ids)
   state = _initial_state(call, loops.zero((tokens, marks), dtype))
 
@@ -292,7 +312,7 @@ def _chunked(call: Call) -> tuple[Output, State]:
 
 def _initial_state(call: Call, zero: jax.Array) -> State:
   """What the walk begins with, in the dtype of `zero` and typed as it is inside of shard_map."""
-  (B, _, N, H), h = call.q.shape, call.v.shape[3]
+  (B, _, _, H), N, h = call.q.shape, call.num_heads, call.v.shape[3]
   M = call.feature_map.num_features(H)
   state = call.initial_state or State(jnp.zeros((B, N, M, h)), jnp.zeros((B, N, M)))
   return jax.tree.map(lambda x: x.astype(zero.dtype) + zero, state)
@@ -318,21 +338,22 @@ def _flipped(call: Call) -> Call:
 
 def _both_ways(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tuple[Output, State]:
   """Every token reads every token: one state for all, or two walks less each own write once."""
-  (B, T, N, _), dtype = call.q.shape, sum_dtype(call.q)
+  (B, T), N, dtype = call.q.shape[:2], call.num_heads, sum_dtype(call.q)
   q = call.feature_map(call.q.astype(dtype), positions=call.positions, is_query=True)
   k = call.feature_map(call.k.astype(dtype), positions=call.positions, is_query=False)
   one_way = _one_way(call)
   v = one_way.v.astype(dtype)
   empty = State(jnp.zeros((B, N, 0, 0), dtype), jnp.zeros((B, N, 0), dtype))
   if call.log_decay is None and call.segment_ids is None:
-    q = q.reshape(B, T, k.shape[2], -1, q.shape[-1])
+    K = math.lcm(k.shape[2], v.shape[2])  # one state for the heads that share both
+    q, k, v = spread(q, N, 2), spread(k, K, 2), spread(v, K, 2)
+    q = q.reshape(B, T, K, -1, q.shape[-1])
     kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=lax.Precision.HIGHEST)
     kv = kv if call.time_axis is None else lax.psum(kv, call.time_axis.name)
     out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=lax.Precision.HIGHEST)
     out = out.reshape(B, T, N, -1)
   else:
-    own = jnp.sum(q * jnp.repeat(k, N // k.shape[2], axis=2), axis=-1, keepdims=True)
-    own = own * jnp.repeat(v, N // v.shape[2], axis=2)
+    own = jnp.sum(spread(q, N, 2) * spread(k, N, 2), axis=-1, keepdims=True) * spread(v, N, 2)
     there, back = (
       _directed(walk, one_way._replace(reverse=reverse))[0] for reverse in (False, True)
     )
@@ -373,12 +394,12 @@ def reference(
 
 
 def _recurrence(call: Call) -> tuple[Output, State]:
-  (B, T, N, _), h = call.q.shape, call.v.shape[3]
+  (B, T), N, h = call.q.shape[:2], call.num_heads, call.v.shape[3]
   dtype = jnp.float64 if call.q.dtype == jnp.float64 else jnp.float32
-  phi, repeats = call.feature_map, N // call.k.shape[2]
+  phi = call.feature_map
   q = phi(call.q.astype(dtype), positions=call.positions, is_query=True)
   k = phi(call.k.astype(dtype), positions=call.positions, is_query=False)
-  k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, call.v.astype(dtype)))
+  q, k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (q, k, call.v.astype(dtype)))
   g = jnp.zeros((N,)) if call.log_decay is None else call.log_decay
   g = g[None, None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 3 else g
   a = jnp.broadcast_to(jnp.exp(g.astype(dtype)), k.shape)
@@ -532,14 +553,11 @@ def step(
   scale: float | None = None,
 ) -> tuple[DecodeState, Float[Array, "B N h"]]:
   """One token: decay, write, read; the same cost after any past. log_decay: [N], [B N], [B N M]."""
-  B, N, H = q.shape
-  phi = feature_maps.get(feature_map, H)
+  N, phi = state.kv.shape[1], feature_maps.get(feature_map, q.shape[-1])
   at, dtype = state.position[:, None], state.kv.dtype
-  keys = jnp.repeat(
-    phi(k.astype(dtype)[:, None], positions=at, is_query=False)[:, 0], N // k.shape[1], axis=1
-  )
-  values = jnp.repeat(v.astype(dtype), N // v.shape[1], axis=1)
+  keys = phi(k.astype(dtype)[:, None], positions=at, is_query=False)[:, 0]
   queries = phi(q.astype(dtype)[:, None], positions=at, is_query=True)[:, 0]
+  queries, keys, values = (spread(x, N, 1) for x in (queries, keys, v.astype(dtype)))
   kv, z = state.kv, state.z
   if log_decay is not None:
     g = log_decay.astype(dtype)

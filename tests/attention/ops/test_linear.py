@@ -171,6 +171,43 @@ def test_a_decay_of_minus_infinity_is_a_reset():
   assert np.isfinite(np.asarray(gradient)).all()
 
 
+@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 2, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
+def test_queries_keys_and_values_may_each_be_shared(heads):
+  """Heads of q, k and v that divide N equal the heads repeated by hand, in every form."""
+  T, widths = 21, (H, H, h)
+  make, total = kit.keys(4), max(heads)
+  q, k, v = (jnp.abs(normal(next(make), B, T, n, w)) for n, w in zip(heads, widths, strict=True))
+  g = -jnp.abs(normal(next(make), B, T, total, H))
+
+  def repeated(x):
+    return jnp.stack([x[:, :, n * x.shape[2] // total] for n in range(total)], axis=2)
+
+  def run(f, repeat, **options):
+    def loss(q, k, v, g):
+      out = f(*map(repeat, (q, k, v)), log_decay=g, **options)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+
+  for options in ({"normalize": True}, {"bidirectional": True}):
+    got = run(linear_attention, lambda x: x, chunk_size=8, **options)(q, k, v, g)
+    with kit.double():
+      want = run(reference, repeated, **options)(*kit.to_double((q, k, v, g)))
+    kit.assert_trees_close(got[0][1], want[0][1])
+    kit.assert_trees_close(got[1], want[1], factor=3)
+    kit.assert_close("reference", reference(q, k, v, log_decay=g, **options), want[0][1])
+  one_state = linear_attention(q, k, v, bidirectional=True)
+  kit.assert_close("one state", one_state, reference(*map(repeated, (q, k, v)), is_causal=False))
+
+  want = linear_attention(*map(repeated, (q, k, v)), log_decay=g)
+  sizes = {"num_heads": total, "num_kv_heads": heads[1], "head_dim": H, "value_dim": h}
+  state = linear.init_state(B, max_length=T, **sizes)
+  state, out = linear.prefill(state, *(x[:, :20] for x in (q, k, v)), log_decay=g[:, :20])
+  kit.assert_close("prefill", out, want[:, :20])
+  state, out = linear.step(state, *(x[:, 20] for x in (q, k, v)), log_decay=g[:, 20])
+  kit.assert_close("step", out, want[:, 20])
+
+
 def test_thousands_of_tokens_without_decay():
   T = 4096
   q, k, v = (jnp.abs(x) for x in tokens(T))
@@ -466,12 +503,14 @@ def test_wrong_calls_say_what_is_wrong():
   for options, message in calls:
     with pytest.raises(ValueError, match=message):
       linear_attention(q, k, v, **options)
-  with pytest.raises(ValueError, match="N=3 and K=2"):
+  with pytest.raises(ValueError, match="q's 3 and v's 2: got k with 2 and N=3"):
     linear_attention(q[:, :, :3], k, v)
+  with pytest.raises(ValueError, match="q's 3 and v's 4: got q with 3 and N=4"):
+    linear_attention(q[:, :, :3], k, jnp.concatenate([v, v], axis=2))
   with pytest.raises(ValueError, match=r"k must be \[B=2 T=8 K H=8\]"):
     linear_attention(q, k[:, :7], v)
-  with pytest.raises(ValueError, match="v must have"):
-    linear_attention(q, k, v[:, :, :1])
+  with pytest.raises(ValueError, match=r"v must be \[B=2 T=8 K h\]"):
+    linear_attention(q, k, v[:, :7])
   with pytest.raises(TypeError, match="custom_vjp"):
     jax.jvp(lambda q: linear_attention(q, k, v), (q,), (q,))
 
