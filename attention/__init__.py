@@ -27,6 +27,7 @@ from attention.masks import sliding_window as sliding_window
 from attention.masks import strided as strided
 from attention.online_softmax import merge as merge
 from attention.ops.linear import linear_attention as linear_attention
+from attention.ops.linear_scan import linear_scan as linear_scan
 from attention.ops.softmax import dot_product_attention as dot_product_attention
 from attention.positions import rotary as rotary
 from attention.scores import alibi_slopes as alibi_slopes

@@ -12,6 +12,7 @@ A feature map is a small frozen pytree, called on queries and keys alike:
 | relu         | max(x, 0)                                       | H                |
 | taylor       | 1, x, x (x) x / sqrt 2, of x / H^(1/4)          | 1 + H + H(H+1)/2 |
 | cosformer    | relu(x) cos(pi i / 2L), relu(x) sin(pi i / 2L)  | 2 H              |
+| hedgehog     | softmax(x), softmax(-x)                         | 2 H              |
 | favor        | exp(w_r . x - |x|^2 / 2) / sqrt M, of x / H^(1/4) | chosen         |
 
 The features carry their own scale (`taylor` and `favor` hold the H^(-1/4) that makes the product
@@ -86,6 +87,15 @@ relu = Plain(jax.nn.relu)
 """phi(x) = max(x, 0) (https://arxiv.org/abs/2202.08791, section 3.1); negative queries get 0."""
 
 
+def _hedgehog(x: jax.Array) -> jax.Array:
+  return jnp.concatenate([jax.nn.softmax(x, axis=-1), jax.nn.softmax(-x, axis=-1)], axis=-1)
+
+
+hedgehog = Plain(_hedgehog)
+"""phi(x) = [softmax(x), softmax(-x)] (https://arxiv.org/abs/2402.04347, section 4), of an x that a
+learned matrix has turned: `attention.modules.hedgehog` owns it."""
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Taylor:
@@ -127,11 +137,8 @@ class Cosformer:
   def __call__(self, x, *, positions=None, is_query):
     """[relu(x) cos(pi i / 2L), relu(x) sin(pi i / 2L)] at positions i, by default 0, 1, 2, ..."""
     del is_query
+    check_length(self, x.shape[1], positions)
     if positions is None:
-      if x.shape[1] > self.max_length:
-        raise ValueError(
-          f"max_length must be at least the sequence length, got {self.max_length} < {x.shape[1]}"
-        )
       positions = jnp.arange(x.shape[1])[None, :]
     angle = positions.astype(x.dtype) * jnp.asarray(math.pi / (2 * self.max_length), x.dtype)
     angle = angle[:, :, None, None]
@@ -141,6 +148,13 @@ class Cosformer:
   def num_features(self, head_dim: int) -> int:
     """2 H."""
     return 2 * head_dim
+
+
+def check_length(feature_map: FeatureMap, length: int, positions: jax.Array | None) -> None:
+  """Raises ValueError where tokens without positions are more than a map has room for."""
+  longest = getattr(feature_map, "max_length", None)
+  if positions is None and longest is not None and length > longest:
+    raise ValueError(f"max_length must be at least the sequence length, got {longest} < {length}")
 
 
 def cosformer(max_length: int) -> Cosformer:
@@ -243,8 +257,17 @@ def favor(
   return PositiveRandomFeatures(gaussian, rescale_queries)
 
 
+def favor_of_seed(seed: int, head_dim: int, num_features: int) -> PositiveRandomFeatures:
+  """`favor`'s draw of a seed: a constant of the program, not an orthogonalization in every call."""
+  nowhere = jax.sharding.AbstractMesh((), ())
+  with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(nowhere):
+    drawn = favor(jax.random.key(seed), head_dim, num_features)
+    # As NumPy's array it lies on no mesh, and so it may be used inside of shard_map.
+    return jax.tree.map(np.asarray, drawn)
+
+
 _COSFORMER_LENGTH = 65536
-_NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "favor")
+_NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "hedgehog", "favor")
 
 
 def get(
@@ -270,11 +293,10 @@ def get(
       return taylor
     case "cosformer":
       return cosformer(_COSFORMER_LENGTH)
+    case "hedgehog":
+      return hedgehog
     case "favor":
-      with (
-        jax.ensure_compile_time_eval()
-      ):  # a constant of the program, not a QR factorization in every call
-        return favor(jax.random.key(0), head_dim, 2 * head_dim)
+      return favor_of_seed(0, head_dim, 2 * head_dim)
     case str():
       raise ValueError(f"feature_map must be one of {', '.join(_NAMES)}, got {feature_map!r}")
     case FeatureMap():

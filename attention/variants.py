@@ -8,6 +8,7 @@ A new mechanism is an entry of `VARIANTS`, beside its file in `attention/ops` an
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -15,11 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from attention.dispatch import suggest
+from attention.feature_maps import FeatureMap, cosformer, favor_of_seed
+from attention.modules.based import BasedAttention
 from attention.modules.config import DecoderConfig
 from attention.modules.decoder import Decoder, Rngs
-from attention.modules.gated import GatedAttention
+from attention.modules.gated import GatedLinearAttention
+from attention.modules.griffin import RecurrentBlock
+from attention.modules.hedgehog import HedgehogAttention
+from attention.modules.hgrn import HGRN2
 from attention.modules.mixer import Attention
-from attention.ops import linear, softmax
+from attention.modules.retention import LightningAttention, Retention, retention_decay
+from attention.modules.ssd import Mamba2
+from attention.ops import linear, linear_scan, softmax
 from attention.types import AttentionFn, Cost, State
 
 Option = bool | int | float | str | None
@@ -35,6 +43,61 @@ def decay_inputs(key: jax.Array, B: int, T: int, N: int, K: int, H: int, h: int)
   """A log decay per token, head and channel, as a gated mixer makes it."""
   del K, h
   return {"log_decay": jax.nn.log_sigmoid(jax.random.normal(key, (B, T, N, H), jnp.float32)) / 4}
+
+
+def head_decay_inputs(
+  key: jax.Array, B: int, T: int, N: int, K: int, H: int, h: int
+) -> dict[str, Any]:
+  """A log decay per token and head: RetNet's rates, up to ten times as fast for some tokens."""
+  del K, H, h
+  faster = jax.random.uniform(key, (B, T, N), jnp.float32, 1.0, 10.0)
+  return {"log_decay": retention_decay(N)[None, None] * faster}
+
+
+def _featured(make: Callable[..., FeatureMap], *names: str) -> dict[str, Any]:
+  """`linear`'s functions, normalized, with the feature map make(head_dim, **options).
+
+  `names` are the options that make it.
+  """
+
+  def using(function, width):
+    def call(*args, **options):
+      made = make(width(*args, **options), **{name: options.pop(name) for name in names})
+      return function(*args, feature_map=made, normalize=True, **options)
+
+    return functools.wraps(function)(call)
+
+  width_of_query = lambda q, *_, **__: q.shape[-1]
+  width_after_state = lambda state, q, *_, **__: q.shape[-1]
+  return {
+    "attend": using(linear.attend, width_of_query),
+    "reference": using(linear.reference, width_of_query),
+    "init_state": using(linear.init_state, lambda batch, *, head_dim, **_: head_dim),
+    "prefill": using(linear.prefill, width_after_state),
+    "step": using(linear.step, width_after_state),
+    "cost": using(linear.cost, lambda B, T, S, N, K, H, h, **_: H),
+  }
+
+
+def _performer(head_dim: int, *, num_features: int | None, seed: int) -> FeatureMap:
+  return favor_of_seed(seed, head_dim, 2 * head_dim if num_features is None else num_features)
+
+
+def _cosformer(head_dim: int, *, horizon: int) -> FeatureMap:
+  del head_dim
+  return cosformer(horizon)
+
+
+_LINEAR: Final[Mapping[str, Any]] = {
+  "attend": linear.attend,
+  "reference": linear.reference,
+  "init_state": linear.init_state,
+  "prefill": linear.prefill,
+  "step": linear.step,
+  "cost": linear.cost,
+  "complexity": "O(T) time and memory, O(1) state",
+}
+_DECAYED: Final[Mapping[str, Option]] = {"feature_map": "identity", "normalize": False}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,6 +121,8 @@ class Variant:
   """The module that owns what it learns."""
   rotary: bool = False
   """Whether mixers turn queries and keys by their positions."""
+  elementwise: bool = False
+  """Whether q, k and v are of one width and meet channel by channel, without products between."""
   options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
   """Keyword arguments of every function above, with their defaults."""
   example_inputs: Callable[..., dict[str, Any]] = no_inputs
@@ -85,30 +150,91 @@ VARIANTS: Final[Mapping[str, Variant]] = {
     source="[Vaswani et al. 2017](https://arxiv.org/abs/1706.03762)",
   ),
   "linear": Variant(
-    attend=linear.attend,
-    reference=linear.reference,
-    init_state=linear.init_state,
-    prefill=linear.prefill,
-    step=linear.step,
-    cost=linear.cost,
+    **_LINEAR,
     options={"feature_map": "elu_plus_one", "normalize": True},
     summary="Linear attention: a feature map in place of exp, so that the past is one matrix.",
-    complexity="O(T) time and memory, O(1) state",
     source="[Katharopoulos et al. 2020](https://arxiv.org/abs/2006.16236)",
   ),
+  "performer": Variant(
+    **{**_LINEAR, **_featured(_performer, "num_features", "seed")},
+    options={"num_features": None, "seed": 0},
+    summary="Linear attention by positive random features, which are softmax's kernel on average.",
+    source="[Choromanski et al. 2021](https://arxiv.org/abs/2009.14794)",
+  ),
+  "taylor": Variant(
+    **_LINEAR,
+    mixer=BasedAttention,
+    options={"feature_map": "taylor", "normalize": True},
+    summary="Based's linear attention: softmax's kernel to second order, of 16 channels a head.",
+    source="[Arora et al. 2024](https://arxiv.org/abs/2402.18668)",
+  ),
+  "cosformer": Variant(
+    **{**_LINEAR, **_featured(_cosformer, "horizon")},
+    options={"horizon": 65536},
+    summary="Linear attention by ReLU features, weighed by a cosine of the distance.",
+    source="[Qin et al. 2022](https://arxiv.org/abs/2202.08791)",
+  ),
+  "hedgehog": Variant(
+    **_LINEAR,
+    mixer=HedgehogAttention,
+    options={"feature_map": "hedgehog", "normalize": True},
+    summary="Linear attention whose feature map, a pair of softmaxes, is learned.",
+    source="[Zhang et al. 2024](https://arxiv.org/abs/2402.04347)",
+  ),
+  "retnet": Variant(
+    **_LINEAR,
+    mixer=Retention,
+    rotary=True,
+    options=_DECAYED,
+    example_inputs=head_decay_inputs,
+    summary="Retention: heads that forget at constant rates, each its own, with rotated keys.",
+    source="[Sun et al. 2023](https://arxiv.org/abs/2307.08621)",
+  ),
+  "lightning": Variant(
+    **_LINEAR,
+    mixer=LightningAttention,
+    options=_DECAYED,
+    example_inputs=head_decay_inputs,
+    summary="Linear attention with a constant slope per head, less steep in deeper layers.",
+    source="[Qin et al. 2024](https://arxiv.org/abs/2401.04658)",
+  ),
+  "mamba2": Variant(
+    **_LINEAR,
+    mixer=Mamba2,
+    options=_DECAYED,
+    example_inputs=head_decay_inputs,
+    summary="State-space duality: heads forget by a step size; convolutions, a skip, a gate.",
+    source="[Dao and Gu 2024](https://arxiv.org/abs/2405.21060)",
+  ),
   "gated_linear": Variant(
-    attend=linear.attend,
-    reference=linear.reference,
-    init_state=linear.init_state,
-    prefill=linear.prefill,
-    step=linear.step,
-    cost=linear.cost,
-    mixer=GatedAttention,
-    options={"feature_map": "identity", "normalize": False},
+    **_LINEAR,
+    mixer=GatedLinearAttention,
+    options=_DECAYED,
     example_inputs=decay_inputs,
     summary="Linear attention whose channels forget at a rate that the input sets.",
-    complexity="O(T) time and memory, O(1) state",
     source="[Yang et al. 2023](https://arxiv.org/abs/2312.06635)",
+  ),
+  "hgrn2": Variant(
+    **_LINEAR,
+    mixer=HGRN2,
+    options=_DECAYED,
+    example_inputs=decay_inputs,
+    summary="A gated recurrence with a matrix for its state; a channel writes what it forgets.",
+    source="[Qin et al. 2024](https://arxiv.org/abs/2404.07904)",
+  ),
+  "rglru": Variant(
+    attend=linear_scan.attend,
+    reference=linear_scan.reference,
+    init_state=linear_scan.init_state,
+    prefill=linear_scan.prefill,
+    step=linear_scan.step,
+    cost=linear_scan.cost,
+    mixer=RecurrentBlock,
+    elementwise=True,
+    example_inputs=decay_inputs,
+    summary="Griffin's recurrent block: every channel is a gated average of its past.",
+    complexity="O(T) time and memory, O(1) state, a number per channel",
+    source="[De et al. 2024](https://arxiv.org/abs/2402.19427)",
   ),
 }
 """Name -> mechanism, in the order of every table."""

@@ -101,7 +101,8 @@ class _Free(variants.Layer):
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **inputs: Any) -> jax.Array:
     del k, inputs
-    return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+    N = max(q.shape[-2], v.shape[-2])
+    return jnp.zeros((*q.shape[:-2], N, v.shape[-1]), q.dtype)
 
 
 def forward(config: DecoderConfig, batch: int, tokens: int) -> float:
@@ -113,10 +114,14 @@ def forward(config: DecoderConfig, batch: int, tokens: int) -> float:
     model = Decoder(config, free, rngs=nnx.Rngs(0))
     return model(jnp.zeros((batch, tokens), jnp.int32))
 
-  N, K, H = config.num_heads, config.kv_heads, config.head_width
   depth = [layers[i % len(layers)] for i in range(config.num_layers)]
-  attention = sum(layer.cost(batch, tokens, tokens, N, K, H, H).flops for layer in depth)
-  return count(run) + attention
+  return count(run) + sum(_attention(layer, config, batch, tokens) for layer in depth)
+
+
+def _attention(layer: variants.Layer, config: DecoderConfig, batch: int, tokens: int) -> float:
+  heads = layer.mixer.heads(config)
+  sizes = (heads.out, heads.k or heads.v, heads.key_dim, heads.value_dim)
+  return layer.cost(batch, tokens, tokens, *sizes).flops
 
 
 def train_step(config: DecoderConfig, batch: int, tokens: int) -> float:

@@ -27,10 +27,12 @@ class Block(nnx.Module):
   x = x + mixer(norm(x));  x = x + mlp(norm(x))
   """
 
-  def __init__(self, config: DecoderConfig, mechanism: Mechanism, *, rngs: nnx.Rngs):
+  def __init__(
+    self, config: DecoderConfig, mechanism: Mechanism, *, layer: int = 0, rngs: nnx.Rngs
+  ):
     self.rate = config.dropout
     self.mixer_norm = RMSNorm(config.width)
-    self.mixer = mechanism.mixer(config, mechanism, rngs=rngs)
+    self.mixer = mechanism.mixer(config, mechanism, layer=layer, rngs=rngs)
     self.mlp_norm = RMSNorm(config.width)
     self.mlp = GatedMLP(config, rngs=rngs)
 

@@ -59,7 +59,8 @@ class Decoder(nnx.Module):
     embedding = jax.random.normal(rngs.params(), (V, D), jnp.float32, out_sharding=where)
     self.embedding = nnx.Param(embedding * 0.02)
     layers = [mechanisms[i % len(mechanisms)] for i in range(config.num_layers)]
-    self.blocks = nnx.List([Block(config, layer, rngs=rngs) for layer in layers])
+    blocks = [Block(config, mixer, layer=i, rngs=rngs) for i, mixer in enumerate(layers)]
+    self.blocks = nnx.List(blocks)
     self.norm = RMSNorm(D)
     if not config.tie_embeddings:
       self.head = Projection((D,), (V,), ("embed", "vocab"), rngs=rngs)

@@ -9,20 +9,23 @@ from attention.modules import sharding
 
 
 class RMSNorm(nnx.Module):
-  """Scales the last axis to unit root mean square, then by a learned factor per channel.
+  """Scales the last axes to unit root mean square, then by a learned factor per channel.
 
       out = x / sqrt(mean(x^2) + epsilon) * scale
+
+  The mean is over as many axes as `shape` has: RMSNorm(h) normalizes each head alone.
 
   Zhang and Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467. Statistics are float32.
   """
 
-  def __init__(self, width: int, *, epsilon: float = 1e-6):
+  def __init__(self, *shape: int, epsilon: float = 1e-6):
     self.epsilon = epsilon
-    self.scale = nnx.Param(jnp.ones((width,), jnp.float32, out_sharding=sharding.spec(None)))
+    self.scale = nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=sharding.spec(None)))
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Normalizes the last axis; keeps the dtype."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    """Normalizes the last axes; keeps the dtype."""
+    y, shape = x.astype(jnp.float32), self.scale.shape
+    axes = tuple(range(-len(shape), 0))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.epsilon)
+    scale = self.scale[...].reshape((1,) * (x.ndim - len(shape)) + shape)
     return (y * scale).astype(x.dtype)

@@ -200,6 +200,7 @@ def describe(
     raise ValueError(f"v must be [B={B} T={T} K h] as q {q.shape} says, got {v.shape}")
   N = _output_heads(q, k, v)
   feature_map = feature_maps.get(feature_map, H)
+  feature_maps.check_length(feature_map, T, positions)
   M = feature_map.num_features(H) if isinstance(feature_map, FeatureMap) else None
   _check_shape("log_decay", log_decay, (N,), (B, T, N), (B, T, N, M))
   _check_shape("segment_ids", segment_ids, (B, T))

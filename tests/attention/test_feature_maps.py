@@ -9,7 +9,7 @@ import kit
 from attention import feature_maps
 from attention.feature_maps import FeatureMap, favor
 
-NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "favor")
+NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "hedgehog", "favor")
 
 
 def vectors(seed, T=6, N=2, H=8):
@@ -137,6 +137,35 @@ def test_favor_is_finite_for_the_worst_vectors(H):
     features = np.asarray(phi(x, is_query=is_query))
     assert np.isfinite(features).all() and features.max() < 1e30
   assert np.all(np.asarray(phi(x, is_query=True)).max(axis=-1) > 0.3)
+
+
+def test_hedgehog_is_a_pair_of_softmaxes():
+  x = np.asarray(vectors(0), np.float64)
+  up, down = np.exp(x), np.exp(-x)
+  want = np.concatenate([up / up.sum(-1, keepdims=True), down / down.sum(-1, keepdims=True)], -1)
+  kit.assert_close("hedgehog", feature_maps.hedgehog(vectors(0), is_query=True), want)
+  assert np.isfinite(feature_maps.hedgehog(1e4 * vectors(0), is_query=False)).all()
+
+
+def test_redrawn_features_need_no_new_program_and_near_softmax_on_average():
+  """The draw is an argument: one compiled program takes them all, and their mean error shrinks."""
+  q, k = vectors(0, T=8, N=1) / 2, vectors(1, T=8, N=1) / 2
+  traces = []
+
+  @jax.jit
+  def run(phi):
+    traces.append(1)
+    score = jnp.einsum(
+      "btnm,bsnm->bnts", phi(q, is_query=True), phi(k, is_query=False), precision="highest"
+    )
+    return score / jnp.sum(score, axis=-1, keepdims=True)
+
+  draws = [np.asarray(run(favor(jax.random.key(i), 8, 64)), np.float64) for i in range(40)]
+  assert len(traces) == 1 and np.abs(draws[0] - draws[1]).max() > 1e-3
+  weights = np.exp(products(q, k) / np.sqrt(8))
+  weights /= weights.sum(-1, keepdims=True)
+  error = lambda x: np.sqrt(np.mean((x - weights) ** 2))
+  assert error(np.mean(draws, axis=0)) < 0.4 * np.mean([error(x) for x in draws])
 
 
 def test_rescaled_queries_leave_normalized_weights_alone():

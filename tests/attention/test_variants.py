@@ -13,9 +13,29 @@ from jax.sharding import PartitionSpec as P
 import kit
 from attention.variants import VARIANTS, make_decoder, make_layer, parse, table
 
-SPECS = (*VARIANTS, "softmax:window=9:logit_cap=2.0", "linear:feature_map=relu:normalize=false")
-LAYERS = {spec: parse(spec)[0] for spec in SPECS}
+ASKED = (*VARIANTS, "softmax:window=9:logit_cap=2.0", "linear:feature_map=relu:normalize=false")
+LAYERS = {spec: parse(spec)[0] for spec in ASKED}
+
+
+def _code(spec):
+  """What answers the questions for an entry: its functions, options and kind of inputs."""
+  variant = LAYERS[spec].variant
+  inputs = jax.eval_shape(
+    lambda key: variant.example_inputs(key, 1, 2, 3, 3, 5, 5), jax.random.key(0)
+  )
+  functions = (variant.attend, variant.reference, variant.init_state, variant.prefill, variant.step)
+  return *functions, variant.cost, str(sorted(LAYERS[spec].options.items())), str(inputs)
+
+
+# Entries that differ only in their mixers are asked once: the first of them answers for all.
+SPECS = tuple({_code(spec): spec for spec in reversed(ASKED)}.values())[::-1]
 each = pytest.mark.parametrize("spec", SPECS)
+
+
+def _case(spec, **sizes):
+  """Shapes that the mechanism takes."""
+  case = kit.Case(**sizes)
+  return case._replace(h=case.H) if LAYERS[spec].variant.elementwise else case
 
 
 def _inputs(spec, case, seed=0):
@@ -39,7 +59,7 @@ def _slice(tree, index):
 @each
 @pytest.mark.parametrize("T", [1, 7, 63, 200])
 def test_forward_and_gradients_equal_the_reference(spec, T):
-  case = kit.Case(T=T, S=T, N=4, K=2, H=8, h=12)
+  case = _case(spec, T=T, S=T, N=4, K=2, H=8, h=12)
   q, k, v, extra = _inputs(spec, case)
   weights = jax.random.normal(jax.random.key(3), (case.B, T, case.N, case.h))
 
@@ -58,7 +78,8 @@ def test_forward_and_gradients_equal_the_reference(spec, T):
     (_, *expected), gradients = run(True)(*kit.to_double((q, k, v, extra)))
   kit.assert_close("out", out, expected[0])
   for name, actual, wanted in zip(("dq", "dk", "dv"), (dq, dk, dv), gradients, strict=False):
-    kit.assert_close(name, actual, wanted, factor=5, least=0.1)  # one token's dq cancels to 0
+    # One token's dq and dk cancel to 0, of terms that are large where relu leaves little weight.
+    kit.assert_close(name, actual, wanted, factor=5, least=0.5 if T == 1 else 0.1)
   kit.assert_trees_close(d_extra, jax.tree.map(np.asarray, gradients[3]), factor=20, least=0.1)
 
 
@@ -222,6 +243,12 @@ def test_specs_and_their_misspellings():
   }.items():
     with pytest.raises(ValueError, match=message):
       parse(spec)
+
+
+def test_one_entry_answers_for_those_of_the_same_code():
+  left_out = set(ASKED) - set(SPECS)
+  assert left_out == {"lightning", "mamba2", "hgrn2"}
+  assert {_code(spec) for spec in left_out} == {_code("retnet"), _code("gated_linear")}
 
 
 def test_table_has_a_row_for_each():

@@ -20,6 +20,13 @@ def test_formula_on_any_rank_and_size():
     np.testing.assert_allclose(norm(x), oracle(x, norm.scale[...]), rtol=2e-6)
 
 
+def test_over_several_axes_it_is_over_all_their_elements():
+  norm = RMSNorm(3, 6)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3, 6))
+  flat = oracle(x.reshape(2, 5, 18), np.ones(18)).reshape(x.shape)
+  np.testing.assert_allclose(norm(x), flat, rtol=2e-6)
+
+
 def test_bfloat16_keeps_its_dtype_and_float32_statistics():
   x = (300 * jax.random.normal(jax.random.key(1), (4, 512))).astype(jnp.bfloat16)
   out = RMSNorm(512)(x)

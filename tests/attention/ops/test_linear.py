@@ -498,6 +498,7 @@ def test_wrong_calls_say_what_is_wrong():
       r"initial_state.kv .*45.* got \(2, 4, 8, 5\)",
     ),
     ({"feature_map": "elu"}, "feature_map must be one of .* got 'elu'"),
+    ({"feature_map": feature_maps.cosformer(7)}, "max_length must be at least .* got 7 < 8"),
     ({"implementation": "chunky"}, "did you mean 'chunked'"),
   ]
   for options, message in calls:
