@@ -160,7 +160,9 @@ class Config:
   """One run of experiments.train."""
 
   workdir: str = knob("", "Folder of the run; empty is runs/<task>[-<attention>].", free=True)
-  preset: str = knob("bytes", "Defaults to start from: bytes, mqar, smoke.", free=True)
+  preset: str = knob(
+    "bytes", "Defaults to start from: bytes, mqar, smoke, griffin, based, samba.", free=True
+  )
   task: str = knob("bytes", "What is learned: bytes, copy, selective_copy, induction, recall, hmm.")
   attention: str = knob(
     "softmax", "Mechanism of each layer, repeated over the depth, as linear,softmax:window=128."
@@ -234,7 +236,9 @@ def _check_batch(config: Config) -> None:
     )
 
 
-# Each preset changes defaults before the command line is read.
+# Each preset changes defaults before the command line is read. The last three are hybrids, laid out
+# as published and small: Griffin's and Samba's windows are half of the length that they learn on.
+# Samba's layers were Mamba's; here they are Mamba-2's.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
   "bytes": {},
   "mqar": {
@@ -261,6 +265,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.final_sequences": 8,
     "log.every": 1,
     "log.sample_every": 0,
+  },
+  "griffin": {
+    "attention": "rglru,rglru,softmax:window=128",
+    "seq_len": 256,
+    "model.num_layers": 6,
+    "model.num_kv_heads": 1,
+    "model.short_convolution": 0,
+  },
+  "based": {
+    "attention": "taylor,softmax:window=64",
+    "seq_len": 256,
+    "model.short_convolution": 3,
+  },
+  "samba": {
+    "attention": "mamba2,softmax:window=128",
+    "seq_len": 256,
+    "model.short_convolution": 0,
   },
 }
 

@@ -6,13 +6,18 @@ import subprocess
 import sys
 import typing
 
+import jax
+import numpy as np
 import pytest
 import runs
 
 from experiments import config as configs
-from experiments import flags
+from experiments import flags, learning
 from experiments.config import PRESETS, Config
+from experiments.data import pipeline
 from experiments.flags import UserError
+from experiments.model import make_model
+from experiments.tasks import make_task
 
 
 def parse(*arguments: str) -> Config:
@@ -54,6 +59,24 @@ def test_preset_changes_defaults_and_the_command_line_wins(name):
 def test_presets_name_leaves_that_exist():
   known = flags.leaves(Config())
   assert [name for preset in PRESETS.values() for name in preset if name not in known] == []
+
+
+@pytest.mark.parametrize("name", ["griffin", "based", "samba"])
+def test_hybrids_are_built_as_published_and_take_a_step(name):
+  config = flags.replace(Config(), dict(PRESETS[name]))
+  mixers = {"griffin": ["rglru", "rglru", "softmax"], "based": ["taylor", "softmax"]}
+  layers = mixers.get(name, ["mamba2", "softmax"])
+  small = {"task": "hmm", "seq_len": 16, "batch_size": 2, "model.width": 16, "optim.warmup": 0}
+  config = flags.replace(config, {**small, "model.num_layers": len(layers), "steps": 2})
+  task = make_task(config.task, seq_len=16, seed=0, data=config.data)
+  model = make_model(config, task.vocab_size)
+  state, step = learning.init_state(config, model), learning.make_step(config, model)
+  assert [block.mixer.mechanism.name for block in model.bind(state.params).blocks] == layers
+  batches = pipeline.batches(task.train, batch_size=2, seed=0)
+  before = jax.tree.map(np.asarray, state.params)
+  state, metrics = step(state, next(batches))
+  assert np.isfinite(float(metrics.loss_sum))
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before, state.params)))
 
 
 def test_workdir_follows_task_and_attention():
