@@ -60,7 +60,7 @@ def names(suite: Suite) -> list[str]:
 
 def lengths(suite: Suite, name: str) -> tuple[int, ...]:
   """The lengths at which a contender is timed."""
-  return suite.every_variant if name.startswith(VARIANT) else suite.lengths[name]
+  return suite.lengths.get(name, suite.every_variant)
 
 
 def absent(name: str) -> str | None:
