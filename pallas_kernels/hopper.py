@@ -88,6 +88,12 @@ def matrix(rows: int, width: int, dtype: Any) -> Callable[[int], Any]:
   return lambda count: plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
 
 
+def matrices(many: int, rows: int, width: int, dtype: Any) -> Callable[[int], Any]:
+  """The same of several matrices that one step takes: `count many rows width`."""
+  one = matrix(rows, width, dtype)(1)
+  return lambda count: plgpu.SMEM((count, many, rows, width), dtype, transforms=one.transforms)
+
+
 def numbers(length: int) -> Callable[[int], Any]:
   """How many rows of float32 there are -> the shared memory."""
   return lambda count: plgpu.SMEM((count, length), jnp.float32)
@@ -143,9 +149,11 @@ class Ring(NamedTuple):
   @classmethod
   def of(cls, users: int, stages: int, *buffers: Callable[[int], Any]) -> "Ring":
     """A ring of `stages` entries, whose every entry `users` warpgroups give back."""
-    here = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages)
+    types = [buffer(stages) for buffer in buffers]
+    copies = sum(x.shape[1] if len(x.shape) == 4 else 1 for x in types)
+    here = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=users, num_barriers=stages)
-    return cls(tuple(buffer(stages) for buffer in buffers), here, free)
+    return cls(tuple(types), here, free)
 
   def slot(self, step: Array | int) -> Array | int:
     """Where a step's entry lies."""
@@ -155,12 +163,17 @@ class Ring(NamedTuple):
     return step & (stages - 1) if stages & (stages - 1) == 0 else lax.rem(step, stages)
 
   def fill(self, step: Array, *sources: Any) -> None:
-    """Starts the copies of a step, once its entry is free."""
+    """Starts the copies of a step, once its entry is free. A buffer of several matrices takes a
+    tuple of sources.
+    """
     slot = self.slot(step)
     free = self.free.at[slot]
     pl.when(step >= self.buffers[0].shape[0])(lambda: plgpu.barrier_wait(free))
     for source, buffer in zip(sources, self.buffers, strict=True):
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.here.at[slot])
+      several = isinstance(source, tuple)
+      for i, one in enumerate(source if several else (source,)):
+        to = buffer.at[slot, i] if several else buffer.at[slot]
+        plgpu.copy_gmem_to_smem(one, to, self.here.at[slot])
 
   def drain(self, steps: Array) -> None:
     """Waits until the last entries of `steps` are given back."""
@@ -212,20 +225,29 @@ class Turns(NamedTuple):
 
 
 def product(a_smem, b_smem, start: Array | None = None, *, on_chip: bool) -> Any:
-  """a b^T of two tiles in shared memory, added to `start`. In the interpreter both are read by
-  ordinary loads: its race detector watches those and not wgmma.
+  """a b^T of two tiles in shared memory, added to `start`."""
+  return multiply(a_smem, b_smem, start, b_t=True, on_chip=on_chip)
+
+
+def multiply(
+  a_smem, b_smem, start: Array | None = None, *, a_t=False, b_t=False, on_chip: bool
+) -> Any:
+  """a b of two tiles in shared memory, either of them transposed, added to `start`. In the
+  interpreter both are read by ordinary loads: its race detector watches those and not wgmma.
   """
   if not on_chip:
     a, b = a_smem[...].astype(jnp.float32), b_smem[...].astype(jnp.float32)
     plgpu.commit_smem()
-    return jnp.dot(a, b.T) if start is None else start + jnp.dot(a, b.T)
+    total = jnp.dot(a.T if a_t else a, b.T if b_t else b)
+    return total if start is None else start + total
 
   def run(acc_ref):
-    plgpu.wgmma(acc_ref, a_smem, b_smem.T)
+    plgpu.wgmma(acc_ref, a_smem.T if a_t else a_smem, b_smem.T if b_t else b_smem)
     return acc_ref[...] if start is None else None
 
   if start is None:
-    return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[0]), jnp.float32))
+    shape = a_smem.shape[1 if a_t else 0], b_smem.shape[0 if b_t else 1]
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
   return pl.run_state(run)(plgpu.ACC.init(start))
 
 

@@ -1,0 +1,100 @@
+"""Linear attention on Hopper GPUs (sm_90a)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hopper, linear_tiles
+from pallas_kernels.linear import Array, Settings, State
+from pallas_kernels.linear_hopper_walk import Inputs, walk
+from pallas_kernels.linear_tiles import chunked
+
+
+def unsupported(q, k, v, g, settings: Settings) -> str | None:
+  """Why these kernels refuse a call, or None."""
+  del g, settings
+  if q.dtype != jnp.bfloat16 or k.dtype != q.dtype or v.dtype != q.dtype:
+    return f"it multiplies bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}"
+  for name, x in (("width of q and k", q), ("width of v", v)):
+    if x.shape[-1] > hopper.MAX_WIDTH:
+      return f"{name} {x.shape[-1]} is more than {hopper.MAX_WIDTH}"
+  return None
+
+
+def _padded(width: int) -> int:
+  return -(-width // 64) * 64
+
+
+def _whole(x: Array, axes: tuple[int, ...] = (3,)) -> Array:
+  """With zeros up to whole tiles along `axes`, and rows up to a multiple of 8."""
+  pad = [(0, 0)] * x.ndim
+  for axis in axes:
+    pad[axis] = (0, -x.shape[axis] % 64)
+  if axes == (3,):
+    pad[1] = (0, -x.shape[1] % 8)
+  return jnp.pad(x, pad) if any(after for _, after in pad) else x
+
+
+class _Call(NamedTuple):
+  """A call whose widths are whole tiles, and what its decays add up to."""
+
+  q: Array
+  k: Array
+  v: Array
+  kv: Array
+  z: Array | None
+  numbers: Array
+  fade: Array
+  pairs: Array | None
+
+
+def _token_call(q, k, v, g, state: State) -> _Call:
+  B, T, N = q.shape[0], q.shape[1], state.kv.shape[1]
+  q, k, v = map(_whole, (q, k, v))
+  M = q.shape[-1]
+  sums = linear_tiles.sums(linear_tiles.per_token(g, B, T, N))
+  numbers = jnp.stack([*sums[:4], jnp.zeros_like(sums.hi)], 3)
+  fade = jnp.broadcast_to(sums.fade[..., None], (*sums.fade.shape, M))
+  z = None if state.z is None else _whole(state.z, (2,))
+  return _Call(q, k, v, _whole(state.kv, (2, 3)), z, numbers, fade, None)
+
+
+def _normalizers(call: _Call) -> tuple[Array, Array]:
+  """(z that enters every chunk `B N C M`, z that leaves the last)."""
+  k = _heads(chunked(call.k[:, : call.q.shape[1]], 1), call.numbers.shape[1])
+  add = jnp.einsum("bcjnm,bncj->bncm", k.astype(jnp.float32), call.numbers[:, :, :, 3],
+                   precision="highest")  # fmt: skip
+  return linear_tiles.walk(call.fade, add, call.z)
+
+
+def _heads(x: Array, N: int) -> Array:
+  return jnp.repeat(x, N // x.shape[3], 3)
+
+
+def _read(call: _Call, z: Array) -> Array:
+  """What z adds to every token's weight, `B N C CHUNK`."""
+  q = _heads(chunked(call.q, 1), call.numbers.shape[1]).astype(jnp.float32)
+  return jnp.einsum("bcinm,bncm->bnci", q, z, precision="highest") * call.numbers[:, :, :, 2]
+
+
+def forward(
+  q: Array, k: Array, v: Array, g, state: State, settings: Settings, *, on_chip: bool = True
+) -> tuple[Array, Array | None, State]:
+  """(out, weight, state); `on_chip=False` for the interpreter."""
+  (B, T), N, (M, h) = q.shape[:2], state.kv.shape[1], state.kv.shape[2:]
+  call = _token_call(q, k, v, g, state)
+  z = None
+  if settings.normalize:
+    before, z = _normalizers(call)
+    call = call._replace(numbers=call.numbers.at[:, :, :, 4].set(_read(call, before)))
+    z = z[..., :M]
+  out, weight, _, last = walk(
+    Inputs(call.q, call.k, call.v, call.numbers, call.fade, call.pairs, call.kv),
+    scale=settings.scale,
+    normalize=settings.normalize,
+    on_chip=on_chip,
+  )
+  if weight is not None:
+    weight = weight.reshape(B, N, -1)[..., :T]
+  return out[:, :T, :, :h], weight, State(last[..., :M, :h], z)
