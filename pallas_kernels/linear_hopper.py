@@ -1,12 +1,12 @@
 """Linear attention on Hopper GPUs (sm_90a)."""
 
+import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, linear_tiles
-from pallas_kernels.linear import Array, Settings, State
+from pallas_kernels import hopper, linear_hopper_chunk, linear_tiles
+from pallas_kernels.linear import Array, Normalized, Settings, State
 from pallas_kernels.linear_hopper_walk import Inputs, walk
 from pallas_kernels.linear_tiles import chunked
 
@@ -98,3 +98,61 @@ def forward(
   if weight is not None:
     weight = weight.reshape(B, N, -1)[..., :T]
   return out[:, :T, :, :h], weight, State(last[..., :M, :h], z)
+
+
+def backward(
+  q: Array,
+  k: Array,
+  v: Array,
+  g: Array | None,
+  state: State,
+  normalized: Normalized | None,
+  d_out: Array,
+  d_state: State,
+  settings: Settings,
+  *,
+  on_chip: bool = True,
+) -> tuple[Array, Array, Array, Array | None, State]:
+  """(dq, dk, dv, dg, d_state)."""
+  T = q.shape[1]
+  M, h = state.kv.shape[2:]
+  call = _token_call(q, k, v, g, state)
+  d_kv, z, d_z, d_z_start = _whole(d_state.kv, (2, 3)), None, None, None
+  scale = settings.scale
+  if normalized is not None:
+    scale = normalized.inverse.swapaxes(1, 2)[..., None]
+    d_weight = chunked(-normalized.inverse * normalized.delta, 2)
+    call = call._replace(numbers=call.numbers.at[:, :, :, 4].set(d_weight))
+    z, _ = _normalizers(call)
+    d_z, d_z_start = _d_normalizers(call, d_weight, _whole(d_state.z, (2,)))
+    d_z_start = d_z_start[..., :M]
+  d_out = _whole((d_out.astype(jnp.float32) * scale).astype(v.dtype))
+  one = functools.partial(walk, on_chip=on_chip)
+  inputs = Inputs(None, call.k, call.v, call.numbers, call.fade, call.pairs, call.kv)
+  states = one(inputs).states
+  back = one(inputs._replace(k=call.q, v=d_out, start=d_kv), reverse=True)
+  found = linear_hopper_chunk.gradients(
+    linear_hopper_chunk.Inputs(
+      call.q, call.k, call.v, d_out, states, back.states, call.numbers, call.pairs, z, d_z
+    ),
+    on_chip=on_chip,
+  )
+  dg = None
+  if g is not None:
+    fade = found.fade if z is None else found.fade + z * d_z
+    dg = linear_tiles.d_token(found.sums, (fade * call.fade).sum(-1))
+    dg = dg.reshape(*dg.shape[:2], -1)[..., :T].swapaxes(1, 2)
+    dg = dg.sum((0, 1)) if g.ndim == 1 else dg
+  dq, dk, dv = (
+    linear_tiles.grouped(x[:, :T], like.shape[2])[..., : like.shape[3]]
+    for x, like in ((found.dq, q), (found.dk, k), (found.dv, v))
+  )
+  return dq, dk, dv, dg, State(back.last[..., :M, :h], d_z_start)
+
+
+def _d_normalizers(call: _Call, d_weight: Array, d_z: Array) -> tuple[Array, Array]:
+  """(the gradient of the z that leaves every chunk, of the z that enters the first)."""
+  q = _heads(chunked(call.q, 1), d_weight.shape[1]).astype(jnp.float32)
+  read = d_weight * call.numbers[:, :, :, 2]
+  add = jnp.einsum("bcinm,bnci->bncm", q, read, precision="highest")
+  return linear_tiles.walk(call.fade, add, d_z, reverse=True)

@@ -93,7 +93,9 @@ def head(x, n: Array, heads: int) -> Array | int:
 def exponent(numbers_smem, shape: tuple[int, int], *, keys_first: bool) -> tuple[Array, Array]:
   """(the log decay between the write and the read of every pair, whether the pair is allowed)."""
   row = lambda i: along(plgpu.load(numbers_smem.at[i], layout=ROW), 0, shape)
-  column = lambda i: along(plgpu.load(numbers_smem.at[i], layout=COLUMN), 1, shape)
+  # Where one buffer is read both ways, the search for layouts ends only if one way may be slow.
+  load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
+  column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
   x = (row(HI) - column(HI)) + (row(LO) - column(LO))
   i, j = positions(shape)
   return (-x, j >= i) if keys_first else (x, j <= i)

@@ -84,6 +84,21 @@ def walk(fade: Array, add: Array, start: Array, *, reverse: bool = False) -> tup
   return before[:, :, ::-1] if reverse else before, z[:, :, -1]
 
 
+def d_token(parts: Array, fade: Array) -> Array:
+  """The gradient of decays per token, `B N C CHUNK`. A pair's term belongs to every decay after its
+  write up to and with its read.
+
+  Args:
+    parts: `B N C 4 CHUNK`: for a read, its terms of the chunk's own writes and of the state that
+      enters; for a write, its terms of the chunk's own reads and of the state that leaves.
+    fade: `B N C`, what entered and leaves.
+  """
+  row, read, column, write = (parts[:, :, :, i] for i in range(4))
+  later = lax.cumsum(row + read - column, axis=3, reverse=True)
+  before = lax.cumsum(write, axis=3) - write
+  return later + before + fade[..., None]
+
+
 def grouped(x: Array, heads: int) -> Array:
   """Gradients of every head, `B T N W`, summed over those that share one: `B T heads W`."""
   if x.shape[2] == heads:

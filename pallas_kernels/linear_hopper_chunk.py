@@ -1,0 +1,300 @@
+"""The gradients of a chunk from the state that enters it and the gradient of the one that leaves, on
+Hopper GPUs (sm_90a). Chunks do not depend on each other here.
+
+    dP  = (dO V^T + dw) E                dQ = read (dO S^T + dw z^T) + dP K
+    dV  = P^T dO + write (K dS)          dK = write (V dS^T + dz^T)  + dP^T Q
+
+and of the log decays, float32, per token:
+
+    row_i = sum_j<i dP_ij (Q K^T)_ij     how much the decays before a read matter, inside the chunk
+    column_j = sum_i>j the same          after a write, inside the chunk
+    read_i, write_j                      the same of what enters and of what leaves
+    fade_m = sum_h S_mh dS_mh            of the whole chunk, per channel (times exp(g) outside)
+
+One block of threads takes a run of chunks of one head: a feeder, a warpgroup whose rows are
+queries (dQ, `row`, `read`, `fade`) and one whose rows are keys (dK, dV, `column`, `write`). q and k
+of a chunk come by one ring, 64 columns of v, dO, S and dS by another; the sums over h are in
+accumulators, and what is of h, dV, leaves slice by slice.
+
+With decays per channel q and k come faded, P comes ready, and dP leaves for
+`linear_hopper_channel`, as do the gradients of the faded q and k.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, Ring, along, matrix, row_of, zeros
+from pallas_kernels.linear_hopper_walk import EXTRA, READ, WRITE, exponent, head, positions
+from pallas_kernels.linear_tiles import CHUNK, Array
+
+COLUMNS = 64
+"""Of v, dO and the states, that one step takes."""
+
+SPAN = 8
+"""Chunks of a run."""
+
+
+class Static(NamedTuple):
+  """What the kernel knows before anything runs."""
+
+  plan: Plan
+  chunks: int
+  heads: int
+  slices: int
+  on_chip: bool
+
+
+class Inputs(NamedTuple):
+  """What it reads."""
+
+  q: Any
+  k: Any
+  v: Any
+  d_out: Any
+  states: Any
+  d_states: Any
+  """`B N C M h`: of the state that enters, of the gradient of the one that leaves."""
+  numbers: Any
+  pairs: Any
+  z: Any
+  d_z: Any
+  """`B N C M`, or None unless normalized."""
+
+
+class Outputs(NamedTuple):
+  """What it writes; the last two with decays per channel only."""
+
+  dq: Any
+  dk: Any
+  dv: Any
+  sums: Any
+  """`B N C 4 CHUNK`: row, read, column, write."""
+  fade: Any
+  """`B N C M`."""
+  d_pairs: Any
+  d_pairs_t: Any
+  """`B N C CHUNK CHUNK`: dP below and on the diagonal, dP^T above it."""
+
+
+class Scratch(NamedTuple):
+  """What lies in shared memory."""
+
+  tokens: Ring
+  slices: Ring
+  out_smem: Any
+  """A tile of each computing warpgroup."""
+
+
+class _Chunks:
+  """A run of chunks of one head."""
+
+  def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.b, self.n, run, self.wg = (
+      lax.axis_index(name) for name in ("batch", "head", "run", "warpgroup")
+    )
+    self.first = run * SPAN
+    self.count = jnp.minimum(static.chunks - self.first, SPAN)
+
+  def feed(self) -> None:
+    """The memory warpgroup: chunk after chunk, and slice after slice of each."""
+    inputs, scratch, static = self.inputs, self.scratch, self.static
+
+    def chunk(t, _):
+      c = self.first + t
+      here, rows = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK)
+      of = lambda x: (self.b, rows, head(x, self.n, static.heads))
+      tokens = [inputs.q.at[of(inputs.q)], inputs.k.at[of(inputs.k)], inputs.numbers.at[here]]
+      if inputs.pairs is not None:
+        tokens.append(inputs.pairs.at[here])
+      scratch.tokens.fill(t, *tokens)
+
+      def part(j, _):
+        columns = pl.ds(j * COLUMNS, COLUMNS)
+        scratch.slices.fill(
+          t * static.slices + j,
+          inputs.v.at[(*of(inputs.v), columns)],
+          inputs.d_out.at[(*of(inputs.d_out), columns)],
+          inputs.states.at[(*here, slice(None), columns)],
+          inputs.d_states.at[(*here, slice(None), columns)],
+        )
+
+      lax.fori_loop(0, static.slices, part, None)
+
+    lax.fori_loop(0, self.count, chunk, None)
+    scratch.tokens.drain(self.count)
+    scratch.slices.drain(self.count * static.slices)
+
+  def compute(self) -> None:
+    """One of the two that compute."""
+    for wg, chunk in enumerate((self.queries, self.keys)):
+
+      @pl.when(self.wg == wg)
+      def _(chunk=chunk):
+        lax.fori_loop(0, self.count, lambda t, _: chunk(t), None)
+        plgpu.wait_smem_to_gmem(0)
+
+  def store(self, x: Array, gmem, wg: int) -> None:
+    """A tile goes out, 64 columns at a time, each when the one before has left."""
+    smem = self.scratch.out_smem.at[wg]
+    for first in range(0, x.shape[1], COLUMNS):
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      smem[...] = x[:, first : first + COLUMNS].astype(smem.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(smem, gmem.at[:, pl.ds(first, COLUMNS)])
+
+  def put(self, c, i: int, x: Array) -> None:
+    """A row of the sums."""
+    self.outputs.sums.at[self.b, self.n, c, i][...] = x
+
+  def dot(self, x_smem, x: Array) -> Array:
+    """The sums along the rows of a tile in shared memory times one in registers."""
+    total = row_of(0.0)
+    for first in range(0, x.shape[1], COLUMNS):
+      columns = pl.ds(first, COLUMNS)
+      part = plgpu.load(x_smem.at[:, columns], layout=TILE).astype(jnp.float32)
+      total = total + (part * x[:, first : first + COLUMNS]).sum(axis=1)
+    return total
+
+  def queries(self, t) -> None:
+    """dQ and what is summed along the rows of dP."""
+    inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
+    c, (q_smem, k_smem, numbers_smem, *pairs) = self.first + t, scratch.tokens.take(t)
+    here, M = (self.b, self.n, c), q_smem.shape[1]
+    row = lambda i: plgpu.load(numbers_smem.at[i], layout=ROW)
+    dq, dp = zeros(ROWS, M), zeros(CHUNK, CHUNK)
+    if inputs.z is not None:
+      z = plgpu.load(inputs.z.at[here], layout=COLUMN, optimized=False)
+      dq = along(row(EXTRA), 0, dq.shape) * along(z, 1, dq.shape)
+      dp = along(row(EXTRA), 0, dp.shape)
+    fade = plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROW)
+
+    def part(j, carry):
+      dq, dp, fade = carry
+      step = t * static.slices + j
+      v_smem, d_smem, state_smem, d_state_smem = scratch.slices.take(step)
+      dq = hopper.product(d_smem, state_smem, dq, on_chip=on_chip)
+      dp = hopper.product(d_smem, v_smem, dp, on_chip=on_chip)
+      state = plgpu.load(state_smem, layout=TILE).astype(jnp.float32)
+      d_state = plgpu.load(d_state_smem, layout=TILE).astype(jnp.float32)
+      fade = fade + (state * d_state).sum(axis=1)
+      plgpu.commit_smem()  # the next copy into this entry comes after these loads
+      scratch.slices.give(step)
+      return dq, dp, fade
+
+    dq, dp, fade = lax.fori_loop(0, static.slices, part, (dq, dp, fade))
+    self.outputs.fade.at[here][...] = fade
+    rows = pl.ds(c * CHUNK, CHUNK)
+    dq_gmem = self.outputs.dq.at[self.b, rows, self.n]
+    i, j = positions(dp.shape)
+    if pairs:
+      scratch.tokens.give(t)
+      self.store(dq, dq_gmem, 0)
+      self.store(jnp.where(j <= i, dp, 0.0), self.outputs.d_pairs.at[here], 0)
+      return
+    dq = dq * along(row(READ), 0, dq.shape)
+    self.put(c, 1, self.dot(q_smem, dq))
+    x, allowed = exponent(numbers_smem, dp.shape, keys_first=False)
+    dp = dp * jnp.exp2(jnp.where(allowed, x, -jnp.inf))
+    scores = hopper.product(q_smem, k_smem, on_chip=on_chip)
+    self.put(c, 0, jnp.where(j < i, scores * dp, 0.0).sum(axis=1))
+    (dq,) = hopper.add_products((dq, dp.astype(k_smem.dtype), k_smem), on_chip=on_chip)
+    scratch.tokens.give(t)
+    self.store(dq, dq_gmem, 0)
+
+  def keys(self, t) -> None:
+    """dK, dV and what is summed along the columns of dP."""
+    inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
+    c, (q_smem, k_smem, numbers_smem, *pairs) = self.first + t, scratch.tokens.take(t)
+    here, rows, M = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK), q_smem.shape[1]
+    shape, dtype = (CHUNK, CHUNK), k_smem.dtype
+    write = lambda shape: along(plgpu.load(numbers_smem.at[WRITE], layout=ROW), 0, shape)
+
+    def decay():
+      x, allowed = exponent(numbers_smem, shape, keys_first=True)
+      return jnp.exp2(jnp.where(allowed, x, -jnp.inf))
+
+    dk, dp, weights = zeros(ROWS, M), zeros(*shape), None
+    if inputs.d_z is not None:
+      d_z = plgpu.load(inputs.d_z.at[here], layout=COLUMN, optimized=False)
+      dk = along(d_z, 1, dk.shape)
+      extra = plgpu.load(numbers_smem.at[EXTRA], layout=COLUMN, optimized=False)
+      dp = along(extra, 1, shape)
+    if not pairs:
+      weights = (hopper.product(k_smem, q_smem, on_chip=on_chip) * decay()).astype(dtype)
+
+    def part(j, carry):
+      dk, dp = carry
+      step = t * static.slices + j
+      v_smem, d_smem, _, d_state_smem = scratch.slices.take(step)
+      dk = hopper.product(v_smem, d_state_smem, dk, on_chip=on_chip)
+      dp = hopper.product(v_smem, d_smem, dp, on_chip=on_chip)
+      dv = hopper.multiply(k_smem, d_state_smem, on_chip=on_chip)
+      if pairs:
+        dv = hopper.multiply(pairs[0], d_smem, dv, a_t=True, on_chip=on_chip)
+      else:
+        dv = dv * write(dv.shape)
+        (dv,) = hopper.add_products((dv, weights, d_smem), on_chip=on_chip)
+      scratch.slices.give(step)
+      columns = pl.ds(j * COLUMNS, COLUMNS)
+      self.store(dv, self.outputs.dv.at[self.b, rows, self.n, columns], 1)
+      return dk, dp
+
+    dk, dp = lax.fori_loop(0, static.slices, part, (dk, dp))
+    dk_gmem = self.outputs.dk.at[self.b, rows, self.n]
+    i, j = positions(shape)
+    if pairs:
+      scratch.tokens.give(t)
+      self.store(dk, dk_gmem, 1)
+      self.store(jnp.where(j > i, dp, 0.0), self.outputs.d_pairs_t.at[here], 1)
+      return
+    dk = dk * write(dk.shape)
+    self.put(c, 3, self.dot(k_smem, dk))
+    dp = dp * decay()
+    scores = hopper.product(k_smem, q_smem, on_chip=on_chip)
+    self.put(c, 2, jnp.where(j > i, scores * dp, 0.0).sum(axis=1))
+    (dk,) = hopper.add_products((dk, dp.astype(dtype), q_smem), on_chip=on_chip)
+    scratch.tokens.give(t)
+    self.store(dk, dk_gmem, 1)
+
+
+def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch):
+  outputs = Outputs(*refs, *(None,) * (len(Outputs._fields) - len(refs)))
+  one = _Chunks(static, inputs, outputs, scratch)
+  hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
+
+
+def gradients(inputs: Inputs, *, on_chip: bool) -> Outputs:
+  """Of every chunk. dq, dk and dv are `B T N width`, of every head of the state."""
+  B, N, chunks, M, h = inputs.states.shape
+  T, dtype = inputs.v.shape[1], inputs.v.dtype
+  shape = jax.ShapeDtypeStruct
+  types = [shape((B, T, N, width), dtype) for width in (M, M, h)]
+  types += [shape((B, N, chunks, 4, CHUNK), jnp.float32), shape((B, N, chunks, M), jnp.float32)]
+  if inputs.pairs is not None:
+    types += [shape((B, N, chunks, CHUNK, CHUNK), dtype)] * 2
+  plan = Plan(warpgroups=2, others=CHUNK, stages=(2, 2) if M <= 128 else (1, 1))
+  tokens = [matrix(CHUNK, M, dtype)] * 2
+  tokens.append(lambda count: plgpu.SMEM((count, *inputs.numbers.shape[3:]), jnp.float32))
+  tokens += [] if inputs.pairs is None else [matrix(CHUNK, CHUNK, dtype)]
+  slices = [matrix(CHUNK, COLUMNS, dtype)] * 2 + [matrix(M, COLUMNS, dtype)] * 2
+  results = hopper.launch(
+    "linear_gradients",
+    functools.partial(_kernel, Static(plan, chunks, N, h // COLUMNS, on_chip)),
+    plan,
+    grid={"run": -(-chunks // SPAN), "head": N, "batch": B},
+    out_type=tuple(types),
+    scratch=Scratch(
+      Ring.of(2, plan.stages[0], *tokens),
+      Ring.of(2, plan.stages[1], *slices),
+      matrix(ROWS, COLUMNS, dtype)(2),
+    ),
+  )(inputs)
+  return Outputs(*results, *(None,) * (len(Outputs._fields) - len(results)))
