@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, linear_hopper_chunk, linear_tiles
+from pallas_kernels import hopper, linear_hopper_channel, linear_hopper_chunk, linear_tiles
 from pallas_kernels.linear import Array, Normalized, Settings, State
-from pallas_kernels.linear_hopper_walk import Inputs, walk
-from pallas_kernels.linear_tiles import chunked
+from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, Inputs, walk
+from pallas_kernels.linear_tiles import CHUNK, chunked
 
 
 def unsupported(q, k, v, g, settings: Settings) -> str | None:
@@ -54,16 +54,39 @@ def _token_call(q, k, v, g, state: State) -> _Call:
   q, k, v = map(_whole, (q, k, v))
   M = q.shape[-1]
   sums = linear_tiles.sums(linear_tiles.per_token(g, B, T, N))
-  numbers = jnp.stack([*sums[:4], jnp.zeros_like(sums.hi)], 3)
+  numbers = jnp.stack([*sums[:4], *[jnp.zeros_like(sums.hi)] * 2], 3)
   fade = jnp.broadcast_to(sums.fade[..., None], (*sums.fade.shape, M))
   z = None if state.z is None else _whole(state.z, (2,))
   return _Call(q, k, v, _whole(state.kv, (2, 3)), z, numbers, fade, None)
 
 
+def _channel_call(q, k, v, g, state: State, scale: Array | float, on_chip: bool) -> _Call:
+  """With q, k and P faded; the rows of P times `scale`."""
+  call = _token_call(q, k, v, None, state)
+  g = _whole_chunks(g)
+  faded = linear_hopper_channel.fade(
+    call.q, call.k, g, jnp.broadcast_to(scale, call.numbers.shape[:3] + (CHUNK,)), on_chip=on_chip
+  )
+  total = g.reshape(g.shape[0], -1, CHUNK, *g.shape[2:]).sum(2).swapaxes(1, 2)
+  return call._replace(q=faded.q, k=faded.k, pairs=faded.pairs, fade=jnp.exp(total))
+
+
+def _whole_chunks(g: Array) -> Array:
+  """Decays per channel with zeros up to whole chunks and whole tiles."""
+  pad = ((0, 0), (0, -g.shape[1] % CHUNK), (0, 0), (0, -g.shape[3] % 64))
+  return jnp.pad(g, pad).astype(jnp.float32)
+
+
+def _call(q, k, v, g, state: State, scale: Array | float, on_chip: bool) -> _Call:
+  if g is not None and g.ndim == 4:
+    return _channel_call(q, k, v, g, state, scale, on_chip)
+  return _token_call(q, k, v, g, state)
+
+
 def _normalizers(call: _Call) -> tuple[Array, Array]:
   """(z that enters every chunk `B N C M`, z that leaves the last)."""
   k = _heads(chunked(call.k[:, : call.q.shape[1]], 1), call.numbers.shape[1])
-  add = jnp.einsum("bcjnm,bncj->bncm", k.astype(jnp.float32), call.numbers[:, :, :, 3],
+  add = jnp.einsum("bcjnm,bncj->bncm", k.astype(jnp.float32), call.numbers[:, :, :, WRITE],
                    precision="highest")  # fmt: skip
   return linear_tiles.walk(call.fade, add, call.z)
 
@@ -75,7 +98,7 @@ def _heads(x: Array, N: int) -> Array:
 def _read(call: _Call, z: Array) -> Array:
   """What z adds to every token's weight, `B N C CHUNK`."""
   q = _heads(chunked(call.q, 1), call.numbers.shape[1]).astype(jnp.float32)
-  return jnp.einsum("bcinm,bncm->bnci", q, z, precision="highest") * call.numbers[:, :, :, 2]
+  return jnp.einsum("bcinm,bncm->bnci", q, z, precision="highest") * call.numbers[:, :, :, READ]
 
 
 def forward(
@@ -83,11 +106,11 @@ def forward(
 ) -> tuple[Array, Array | None, State]:
   """(out, weight, state); `on_chip=False` for the interpreter."""
   (B, T), N, (M, h) = q.shape[:2], state.kv.shape[1], state.kv.shape[2:]
-  call = _token_call(q, k, v, g, state)
+  call = _call(q, k, v, g, state, 1.0, on_chip)
   z = None
   if settings.normalize:
     before, z = _normalizers(call)
-    call = call._replace(numbers=call.numbers.at[:, :, :, 4].set(_read(call, before)))
+    call = call._replace(numbers=call.numbers.at[:, :, :, EXTRA].set(_read(call, before)))
     z = z[..., :M]
   out, weight, _, last = walk(
     Inputs(call.q, call.k, call.v, call.numbers, call.fade, call.pairs, call.kv),
@@ -116,36 +139,43 @@ def backward(
   """(dq, dk, dv, dg, d_state)."""
   T = q.shape[1]
   M, h = state.kv.shape[2:]
-  call = _token_call(q, k, v, g, state)
   d_kv, z, d_z, d_z_start = _whole(d_state.kv, (2, 3)), None, None, None
-  scale = settings.scale
+  scale = jnp.float32(settings.scale) if normalized is None else chunked(normalized.inverse, 2)
+  call = _call(q, k, v, g, state, scale, on_chip)
+  numbers = call.numbers.at[:, :, :, SCALE].set(scale)
   if normalized is not None:
-    scale = normalized.inverse.swapaxes(1, 2)[..., None]
     d_weight = chunked(-normalized.inverse * normalized.delta, 2)
-    call = call._replace(numbers=call.numbers.at[:, :, :, 4].set(d_weight))
+    numbers = numbers.at[:, :, :, EXTRA].set(d_weight)
     z, _ = _normalizers(call)
     d_z, d_z_start = _d_normalizers(call, d_weight, _whole(d_state.z, (2,)))
     d_z_start = d_z_start[..., :M]
-  d_out = _whole((d_out.astype(jnp.float32) * scale).astype(v.dtype))
+  d_out = _whole(d_out.astype(v.dtype))
   one = functools.partial(walk, on_chip=on_chip)
-  inputs = Inputs(None, call.k, call.v, call.numbers, call.fade, call.pairs, call.kv)
+  inputs = Inputs(None, call.k, call.v, numbers, call.fade, call.pairs, call.kv)
   states = one(inputs).states
-  back = one(inputs._replace(k=call.q, v=d_out, start=d_kv), reverse=True)
+  reads = numbers.at[:, :, :, READ].multiply(scale)
+  back = one(inputs._replace(k=call.q, v=d_out, numbers=reads, start=d_kv), reverse=True)
   found = linear_hopper_chunk.gradients(
     linear_hopper_chunk.Inputs(
-      call.q, call.k, call.v, d_out, states, back.states, call.numbers, call.pairs, z, d_z
+      call.q, call.k, call.v, d_out, states, back.states, numbers, call.pairs, z, d_z
     ),
     on_chip=on_chip,
   )
-  dg = None
-  if g is not None:
-    fade = found.fade if z is None else found.fade + z * d_z
-    dg = linear_tiles.d_token(found.sums, (fade * call.fade).sum(-1))
+  fade = (found.fade if z is None else found.fade + z * d_z) * call.fade
+  dq, dk, dg = found.dq, found.dk, None
+  if call.pairs is not None:
+    whole = linear_hopper_channel.Unfade(
+      _whole(q), _whole(k), dq, dk, found.d_pairs, found.d_pairs_t, _whole_chunks(g), fade
+    )
+    dq, dk, dg = linear_hopper_channel.unfade(whole, on_chip=on_chip)
+    dg = dg[:, :T, :, :M]
+  elif g is not None:
+    dg = linear_tiles.d_token(found.sums, fade.sum(-1))
     dg = dg.reshape(*dg.shape[:2], -1)[..., :T].swapaxes(1, 2)
     dg = dg.sum((0, 1)) if g.ndim == 1 else dg
   dq, dk, dv = (
     linear_tiles.grouped(x[:, :T], like.shape[2])[..., : like.shape[3]]
-    for x, like in ((found.dq, q), (found.dk, k), (found.dv, v))
+    for x, like in ((dq, q), (dk, k), (found.dv, v))
   )
   return dq, dk, dv, dg, State(back.last[..., :M, :h], d_z_start)
 
@@ -153,6 +183,6 @@ def backward(
 def _d_normalizers(call: _Call, d_weight: Array, d_z: Array) -> tuple[Array, Array]:
   """(the gradient of the z that leaves every chunk, of the z that enters the first)."""
   q = _heads(chunked(call.q, 1), d_weight.shape[1]).astype(jnp.float32)
-  read = d_weight * call.numbers[:, :, :, 2]
+  read = d_weight * call.numbers[:, :, :, READ]
   add = jnp.einsum("bcinm,bnci->bncm", q, read, precision="highest")
   return linear_tiles.walk(call.fade, add, d_z, reverse=True)

@@ -1,8 +1,9 @@
 """The gradients of a chunk from the state that enters it and the gradient of the one that leaves, on
 Hopper GPUs (sm_90a). Chunks do not depend on each other here.
 
-    dP  = (dO V^T + dw) E                dQ = read (dO S^T + dw z^T) + dP K
-    dV  = P^T dO + write (K dS)          dK = write (V dS^T + dz^T)  + dP^T Q
+    dX = scale dO, row by row            dP = (dX V^T + dw) E
+    dQ = read (dX S^T + dw z^T) + dP K   dK = write (V dS^T + dz^T) + dP^T Q
+    dV = P^T dX + write (K dS)
 
 and of the log decays, float32, per token:
 
@@ -13,7 +14,7 @@ and of the log decays, float32, per token:
 
 One block of threads takes a run of chunks of one head: a feeder, a warpgroup whose rows are
 queries (dQ, `row`, `read`, `fade`) and one whose rows are keys (dK, dV, `column`, `write`). q and k
-of a chunk come by one ring, 64 columns of v, dO, S and dS by another; the sums over h are in
+of a chunk come by one ring, 64 columns of v, dO, S and dS by another; scales are applied to products; the sums over h are in
 accumulators, and what is of h, dV, leaves slice by slice.
 
 With decays per channel q and k come faded, P comes ready, and dP leaves for
@@ -31,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, Ring, along, matrix, row_of, zeros
-from pallas_kernels.linear_hopper_walk import EXTRA, READ, WRITE, exponent, head, positions
+from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, exponent, head, positions
 from pallas_kernels.linear_tiles import CHUNK, Array
 
 COLUMNS = 64
@@ -170,11 +171,12 @@ class _Chunks:
     here, M = (self.b, self.n, c), q_smem.shape[1]
     row = lambda i: plgpu.load(numbers_smem.at[i], layout=ROW)
     dq, dp = zeros(ROWS, M), zeros(CHUNK, CHUNK)
-    if inputs.z is not None:
-      z = plgpu.load(inputs.z.at[here], layout=COLUMN, optimized=False)
-      dq = along(row(EXTRA), 0, dq.shape) * along(z, 1, dq.shape)
-      dp = along(row(EXTRA), 0, dp.shape)
-    fade = plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROW)
+    fade = tuple(row_of(0.0) for _ in range(M // ROWS))
+
+    def products(a_smem, b_smem):
+      load = lambda smem, i: plgpu.load(smem.at[pl.ds(i * ROWS, ROWS)], layout=TILE)
+      for i in range(M // ROWS):
+        yield load(a_smem, i).astype(jnp.float32) * load(b_smem, i).astype(jnp.float32)
 
     def part(j, carry):
       dq, dp, fade = carry
@@ -182,19 +184,26 @@ class _Chunks:
       v_smem, d_smem, state_smem, d_state_smem = scratch.slices.take(step)
       dq = hopper.product(d_smem, state_smem, dq, on_chip=on_chip)
       dp = hopper.product(d_smem, v_smem, dp, on_chip=on_chip)
-      state = plgpu.load(state_smem, layout=TILE).astype(jnp.float32)
-      d_state = plgpu.load(d_state_smem, layout=TILE).astype(jnp.float32)
-      fade = fade + (state * d_state).sum(axis=1)
+      fade = tuple(
+        x + one.sum(axis=1) for x, one in zip(fade, products(state_smem, d_state_smem), strict=True)
+      )
       plgpu.commit_smem()  # the next copy into this entry comes after these loads
       scratch.slices.give(step)
       return dq, dp, fade
 
     dq, dp, fade = lax.fori_loop(0, static.slices, part, (dq, dp, fade))
-    self.outputs.fade.at[here][...] = fade
+    for i, x in enumerate(fade):
+      self.outputs.fade.at[(*here, pl.ds(i * ROWS, ROWS))][...] = x
+    dq, dp = (x * along(row(SCALE), 0, x.shape) for x in (dq, dp))
+    if inputs.z is not None:
+      z = plgpu.load(inputs.z.at[here], layout=COLUMN, optimized=False)
+      dq = dq + along(row(EXTRA), 0, dq.shape) * along(z, 1, dq.shape)
+      dp = dp + along(row(EXTRA), 0, dp.shape)
     rows = pl.ds(c * CHUNK, CHUNK)
     dq_gmem = self.outputs.dq.at[self.b, rows, self.n]
     i, j = positions(dp.shape)
     if pairs:
+      plgpu.commit_smem()
       scratch.tokens.give(t)
       self.store(dq, dq_gmem, 0)
       self.store(jnp.where(j <= i, dp, 0.0), self.outputs.d_pairs.at[here], 0)
@@ -216,6 +225,8 @@ class _Chunks:
     here, rows, M = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK), q_smem.shape[1]
     shape, dtype = (CHUNK, CHUNK), k_smem.dtype
     write = lambda shape: along(plgpu.load(numbers_smem.at[WRITE], layout=ROW), 0, shape)
+    load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
+    column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
 
     def decay():
       x, allowed = exponent(numbers_smem, shape, keys_first=True)
@@ -223,12 +234,10 @@ class _Chunks:
 
     dk, dp, weights = zeros(ROWS, M), zeros(*shape), None
     if inputs.d_z is not None:
-      d_z = plgpu.load(inputs.d_z.at[here], layout=COLUMN, optimized=False)
-      dk = along(d_z, 1, dk.shape)
-      extra = plgpu.load(numbers_smem.at[EXTRA], layout=COLUMN, optimized=False)
-      dp = along(extra, 1, shape)
+      dk = along(load(inputs.d_z.at[here]), 1, dk.shape)
     if not pairs:
-      weights = (hopper.product(k_smem, q_smem, on_chip=on_chip) * decay()).astype(dtype)
+      weights = hopper.product(k_smem, q_smem, on_chip=on_chip) * decay()
+      weights = (weights * column(SCALE)).astype(dtype)
 
     def part(j, carry):
       dk, dp = carry
@@ -248,9 +257,13 @@ class _Chunks:
       return dk, dp
 
     dk, dp = lax.fori_loop(0, static.slices, part, (dk, dp))
+    dp = dp * column(SCALE)
+    if inputs.d_z is not None:
+      dp = dp + column(EXTRA)
     dk_gmem = self.outputs.dk.at[self.b, rows, self.n]
     i, j = positions(shape)
     if pairs:
+      plgpu.commit_smem()
       scratch.tokens.give(t)
       self.store(dk, dk_gmem, 1)
       self.store(jnp.where(j > i, dp, 0.0), self.outputs.d_pairs_t.at[here], 1)

@@ -14,7 +14,7 @@ The same walk without outputs writes the states that enter every chunk, and back
 q, the output's gradient and `read` for k, v and `write`, the gradients of those that leave them.
 
 With decays per channel q and k come as `linear_hopper_channel` makes them, faded already, and P
-comes from there.
+comes from there. A gradient's scales are applied to it all the same.
 """
 
 import functools
@@ -33,9 +33,10 @@ from pallas_kernels.linear_tiles import CHUNK, Array
 COLUMNS = 64
 """Of the state, that a warpgroup has."""
 
-HI, LO, READ, WRITE, EXTRA = range(5)
-"""The rows of the numbers of a chunk, `B N C 5 CHUNK`. EXTRA is, of a normalized output, what the
-state that enters adds to its weight; of its gradient, the gradient of the weight.
+HI, LO, READ, WRITE, EXTRA, SCALE = range(6)
+"""The rows of the numbers of a chunk, `B N C 6 CHUNK`. EXTRA is, of a normalized output, what the
+state that enters adds to its weight; of its gradient, the gradient of the weight. SCALE is what the
+gradient of an output is to be multiplied by.
 """
 
 
@@ -171,7 +172,7 @@ class _Walk:
     v_smem = v_smem.at[self.wg]
     if reads:
       self.output(c, wg, reads, k_smem, v_smem, numbers_smem, state_smem)
-    if inputs.pairs is None:
+    if inputs.pairs is None or static.reverse:
       v = plgpu.load(v_smem, layout=TILE, optimized=True).astype(jnp.float32)
       row = plgpu.load(numbers_smem.at[READ if static.reverse else WRITE], layout=ROW)
       v_smem[...] = (v * along(row, 0, v.shape)).astype(v_smem.dtype)
@@ -191,13 +192,15 @@ class _Walk:
       x, allowed = exponent(numbers_smem, shape, keys_first=False)
       decay = jnp.exp2(jnp.where(allowed, x, -jnp.inf))
       weights = hopper.product(q_smem, k_smem, on_chip=on_chip) * decay
-    out = hopper.multiply(q_smem, state_smem, on_chip=on_chip)
-    if not pairs:
-      out = out * along(plgpu.load(numbers_smem.at[READ], layout=ROW), 0, out.shape)
-    (out,) = hopper.add_products((out, weights.astype(v_smem.dtype), v_smem), on_chip=on_chip)
     if static.normalize:
       weight = weights.astype(jnp.float32).sum(axis=1)
       weight = weight + plgpu.load(numbers_smem.at[EXTRA], layout=ROW)
+    weights = weights.astype(v_smem.dtype)
+    out = hopper.multiply(q_smem, state_smem, on_chip=on_chip)
+    if not pairs:
+      out = out * along(plgpu.load(numbers_smem.at[READ], layout=ROW), 0, out.shape)
+    (out,) = hopper.add_products((out, weights, v_smem), on_chip=on_chip)
+    if static.normalize:
       inverse = jnp.where(weight == 0.0, 0.0, 1.0 / weight)
       out = out * along(inverse, 0, out.shape)
       first = (self.part == 0) & (self.wg == 0)
@@ -211,7 +214,9 @@ class _Walk:
     out_smem[...] = out.astype(out_smem.dtype)
     plgpu.commit_smem()
     rows = pl.ds(c * CHUNK, CHUNK)
-    plgpu.copy_smem_to_gmem(out_smem, self.outputs.out.at[self.b, rows, self.n, self.columns(self.wg)])
+    plgpu.copy_smem_to_gmem(
+      out_smem, self.outputs.out.at[self.b, rows, self.n, self.columns(self.wg)]
+    )
 
 
 def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch, wants: tuple[bool, ...]):

@@ -1,0 +1,300 @@
+"""Decays per channel inside a chunk, on Hopper GPUs (sm_90a): what makes them a walk's operands.
+
+    P_ij = sum_m q_im k_jm exp(g_{j+1,m} + ... + g_im)     Q' = q exp(g_1 + ... + g_i)
+                                                           K' = k exp(g_{i+1} + ... + g_64)
+
+A chunk is halved and halved again. Where i lies in the right half of a block and j in the left one,
+what lies between is the sum up to i in i's half, and the rest of j's half after j: sums of numbers
+of one sign, no differences. So a level has one tile of exponents e = D g, D of zeros and ones, one
+tile X = exp(e) (q in right halves, k in left ones), and X X^T holds all of its pairs; six levels
+and the diagonal make P. D g is a matrix product: g comes as two bfloat16 (2^-17 of an exponent).
+
+Backward, with Y = dP + dP^T below the diagonal and A = Y where the level's pairs are: dX = A X,
+dq = dk = exp(e) dX, and de = X dX goes to dg by D^T, again in two bfloat16. No term is ever
+subtracted from another that holds it.
+
+One warpgroup per chunk and head, without a feeder; several blocks share a multiprocessor. The
+backward kernel takes 64 channels at a time, for channels meet in P alone.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, along, matrix, zeros
+from pallas_kernels.linear_hopper_walk import head, positions
+from pallas_kernels.linear_tiles import CHUNK, LOG2_E, Array
+
+CHANNELS = 64
+"""That are worked on at once."""
+
+LEVELS = 6
+"""Halvings of a chunk."""
+
+
+def between(level: Array | int, *, transposed: bool = False) -> Array:
+  """D of a level whose halves have 2^level tokens: in a right half the tokens up to this one, in a
+  left half those after it. At `LEVELS` the half is the chunk, as if it were a left one.
+  """
+  i, s = positions((CHUNK, CHUNK))
+  i, s = (s, i) if transposed else (i, s)
+  half = lax.shift_right_logical
+  inside = jnp.where((half(i, level) & 1) == 1, i - s, s - i - 1)
+  return jnp.where(half(i, level) == half(s, level), inside, -1) >= 0
+
+
+def up_to(*, transposed: bool = False) -> Array:
+  """The D of what a token reads of the state that enters the chunk."""
+  i, s = positions((CHUNK, CHUNK))
+  return s >= i if transposed else s <= i
+
+
+def crossing(level: Array | int) -> Array:
+  """Which pairs, in either order, lie in two halves of one block."""
+  i, j = positions((CHUNK, CHUNK))
+  half = lax.shift_right_logical
+  return (half(i, level) ^ half(j, level)) == 1
+
+
+def split(x: Array, smem: tuple[Any, Any]) -> None:
+  """A float32 tile as the sum of two in shared memory."""
+  hi_smem, lo_smem = smem
+  hi = x.astype(jnp.bfloat16)
+  hi_smem[...] = hi
+  lo_smem[...] = (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)
+  plgpu.commit_smem()
+
+
+def weigh(d: Array, smem: tuple[Any, Any], start: Array | None = None, *, on_chip: bool) -> Array:
+  """d x, of zeros and ones and what `split` left, added to `start`."""
+  ones = jnp.where(d, 1.0, 0.0).astype(jnp.bfloat16)
+  total = zeros(CHUNK, CHANNELS) if start is None else start
+  for part_smem in smem:
+    (total,) = hopper.add_products((total, ones, part_smem), on_chip=on_chip)
+  return total
+
+
+def load(smem) -> Array:
+  """A tile as float32."""
+  return plgpu.load(smem, layout=TILE).astype(jnp.float32)
+
+
+def _right(level: Array | int) -> Array:
+  i, _ = positions((CHUNK, CHANNELS))
+  return (lax.shift_right_logical(i, level) & 1) == 1
+
+
+class Faded(NamedTuple):
+  """The operands of a walk."""
+
+  q: Any
+  k: Any
+  """`B T N M`."""
+  pairs: Any
+  """P, `B N C CHUNK CHUNK`, its rows times `scale`."""
+
+
+class _FadeScratch(NamedTuple):
+  """Shared memory of the forward kernel."""
+
+  q_smem: Any
+  k_smem: Any
+  here: Any
+  g_smem: Any
+  x_smem: Any
+  out_smem: Any
+
+
+def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *, scratch):
+  b, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+  rows, parts = pl.ds(c * CHUNK, CHUNK), q.shape[3] // CHANNELS
+  for x, smem in ((q, scratch.q_smem), (k, scratch.k_smem)):
+    for m in range(parts):
+      source = x.at[b, rows, head(x, n, g.shape[2]), pl.ds(m * CHANNELS, CHANNELS)]
+      plgpu.copy_gmem_to_smem(source, smem.at[m], scratch.here)
+  plgpu.barrier_wait(scratch.here)
+  multiply = functools.partial(hopper.product, on_chip=on_chip)
+
+  def store(x, gmem):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    scratch.out_smem[...] = x.astype(scratch.out_smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch.out_smem, gmem)
+
+  def part(m, pairs):
+    columns = pl.ds(m * CHANNELS, CHANNELS)
+    q_smem, k_smem = scratch.q_smem.at[m], scratch.k_smem.at[m]
+    log = plgpu.load(g.at[b, rows, n, columns], layout=TILE, optimized=False) * LOG2_E
+    split(log, scratch.g_smem)
+    i, j = positions((CHUNK, CHUNK))
+    pairs = pairs + jnp.where(i == j, multiply(q_smem, k_smem), 0.0)
+
+    def one(level, pairs):
+      decay = jnp.exp2(weigh(between(level), scratch.g_smem, on_chip=on_chip))
+      x = decay * jnp.where(_right(level), load(q_smem), load(k_smem))
+      scratch.x_smem[...] = x.astype(scratch.x_smem.dtype)
+      plgpu.commit_smem()
+      found = multiply(scratch.x_smem, scratch.x_smem)
+      return pairs + jnp.where(crossing(level), jnp.where(j < i, found, 0.0), 0.0)
+
+    pairs = lax.fori_loop(0, LEVELS, one, pairs)
+    for d, smem, out in (
+      (up_to(), q_smem, faded_q),
+      (between(LEVELS), k_smem, faded_k),
+    ):
+      decay = jnp.exp2(weigh(d, scratch.g_smem, on_chip=on_chip))
+      store(decay * load(smem), out.at[b, rows, n, columns])
+    return pairs
+
+  pairs = lax.fori_loop(0, parts, part, zeros(CHUNK, CHUNK))
+  factor = plgpu.load(scale.at[b, n, c], layout=ROW, optimized=False)
+  store(pairs * along(factor, 0, pairs.shape), pairs_gmem.at[b, n, c])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _launch(name: str, body, grid: dict[str, int], out_type: Any, scratch: Any):
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=hopper.REDUCTION
+    ),
+    scratch_types={"scratch": scratch},
+  )
+
+
+def fade(q: Array, k: Array, g: Array, scale: Array, *, on_chip: bool) -> Faded:
+  """The operands of a walk; g is `B T' N M` with T' whole chunks, scale `B N C CHUNK`."""
+  (B, T), N, M, dtype = q.shape[:2], g.shape[2], q.shape[3], q.dtype
+  chunks = g.shape[1] // CHUNK
+  tile = matrix(CHUNK, CHANNELS, dtype)
+  like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
+  parts = M // CHANNELS
+  return Faded(
+    *_launch(
+      "linear_fade",
+      functools.partial(_fade_kernel, on_chip),
+      {"chunk": chunks, "head": N, "batch": B},
+      (like, like, jax.ShapeDtypeStruct((B, N, chunks, CHUNK, CHUNK), dtype)),
+      _FadeScratch(
+        q_smem=tile(parts),
+        k_smem=tile(parts),
+        here=plgpu.Barrier(num_arrivals=2 * parts),
+        g_smem=(_single(dtype), _single(dtype)),
+        x_smem=_single(dtype),
+        out_smem=_single(dtype),
+      ),
+    )(q, k, g, scale)
+  )
+
+
+def _single(dtype: Any) -> Any:
+  one = matrix(CHUNK, CHANNELS, dtype)(1)
+  return plgpu.SMEM((CHUNK, CHANNELS), dtype, transforms=one.transforms)
+
+
+class Unfade(NamedTuple):
+  """What the backward kernel reads."""
+
+  q: Any
+  k: Any
+  d_faded_q: Any
+  d_faded_k: Any
+  d_pairs: Any
+  d_pairs_t: Any
+  """dP on and below the diagonal, dP^T above it."""
+  g: Any
+  d_fade: Any
+  """`B N C M`: what every decay of the chunk adds to the gradient of the state."""
+
+
+class _UnfadeScratch(NamedTuple):
+  """Shared memory of the backward kernel."""
+
+  tiles: Any
+  here: Any
+  g_smem: Any
+  d_smem: Any
+  x_smem: Any
+  out_smem: Any
+
+
+def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, scratch):
+  b, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+  rows, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(lax.axis_index("part") * CHANNELS, CHANNELS)
+  sources = [
+    x.at[b, rows, head(x, n, given.g.shape[2]), columns]
+    for x in (given.q, given.k, given.d_faded_q, given.d_faded_k)
+  ]
+  sources += [given.d_pairs.at[b, n, c], given.d_pairs_t.at[b, n, c]]
+  for i, source in enumerate(sources):
+    plgpu.copy_gmem_to_smem(source, scratch.tiles.at[i], scratch.here)
+  log = plgpu.load(given.g.at[b, rows, n, columns], layout=TILE, optimized=False) * LOG2_E
+  split(log, scratch.g_smem)
+  plgpu.barrier_wait(scratch.here)
+  q_smem, k_smem, faded_q, faded_k, low, high = (scratch.tiles.at[i] for i in range(6))
+  i, j = positions((CHUNK, CHUNK))
+  once = lambda d, total: weigh(d, scratch.d_smem, total, on_chip=on_chip)
+
+  def whole(d, d_t, smem, faded, dg):
+    """(the gradient of q or k, dg) through what enters or leaves the chunk."""
+    dx = jnp.exp2(weigh(d, scratch.g_smem, on_chip=on_chip)) * load(faded)
+    split(dx * load(smem), scratch.d_smem)
+    return dx, once(d_t, dg)
+
+  d_fade = plgpu.load(given.d_fade.at[b, n, c, columns], layout=COLUMN, optimized=False)
+  dg = along(d_fade, 1, (CHUNK, CHANNELS))
+  dq, dg = whole(up_to(), up_to(transposed=True), q_smem, faded_q, dg)
+  dk, dg = whole(between(LEVELS), between(LEVELS, transposed=True), k_smem, faded_k, dg)
+  diagonal = along(jnp.where(i == j, load(low), 0.0).sum(axis=1), 0, (CHUNK, CHANNELS))
+  dq, dk = dq + diagonal * load(k_smem), dk + diagonal * load(q_smem)
+
+  def one(level, carry):
+    dq, dk, dg = carry
+    decay = jnp.exp2(weigh(between(level), scratch.g_smem, on_chip=on_chip))
+    right = _right(level)
+    x = decay * jnp.where(right, load(q_smem), load(k_smem))
+    scratch.x_smem[...] = x.astype(scratch.x_smem.dtype)
+    plgpu.commit_smem()
+    d_pairs = jnp.where(crossing(level), load(low) + load(high), 0.0)
+    terms = zeros(CHUNK, CHANNELS), d_pairs.astype(scratch.x_smem.dtype), scratch.x_smem
+    (dx,) = hopper.add_products(terms, on_chip=on_chip)
+    split(x * dx, scratch.d_smem)
+    dx = decay * dx
+    dg = once(between(level, transposed=True), dg)
+    return dq + jnp.where(right, dx, 0.0), dk + jnp.where(right, 0.0, dx), dg
+
+  dq, dk, dg = lax.fori_loop(0, LEVELS, one, (dq, dk, dg))
+  for value, gmem in ((dq, dq_gmem), (dk, dk_gmem)):
+    hopper.store(value.astype(q_smem.dtype), scratch.x_smem, gmem.at[b, rows, n, columns])
+  hopper.store(dg, scratch.out_smem, dg_gmem.at[b, rows, n, columns])
+
+
+def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
+  """(dq, dk, dg) `B T N M` of every head of the state, dg float32 and of whole chunks."""
+  (B, T, N, M), dtype = given.d_faded_q.shape, given.q.dtype
+  like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
+  tile = matrix(CHUNK, CHANNELS, dtype)
+  return _launch(
+    "linear_unfade",
+    functools.partial(_unfade_kernel, on_chip),
+    {"part": M // CHANNELS, "chunk": given.g.shape[1] // CHUNK, "head": N, "batch": B},
+    (like, like, jax.ShapeDtypeStruct(given.g.shape, jnp.float32)),
+    _UnfadeScratch(
+      tiles=tile(6),
+      here=plgpu.Barrier(num_arrivals=6),
+      g_smem=(_single(dtype), _single(dtype)),
+      d_smem=(_single(dtype), _single(dtype)),
+      x_smem=_single(dtype),
+      out_smem=plgpu.SMEM((ROWS, CHANNELS), jnp.float32),
+    ),
+  )(given)
