@@ -43,7 +43,9 @@ MAX_WIDTH = 256
 
 
 REDUCTION = 512
-"""Bytes of shared memory for sums across warps; sums along rows need none."""
+"""Bytes of shared memory for sums across warps; sums along rows need none, sums of 64 columns twice
+as many.
+"""
 
 
 class Plan(NamedTuple):
@@ -340,5 +342,18 @@ def launch(name: str, body, plan: Plan, *, grid: dict[str, int], out_type: Any, 
     thread_name="warpgroup",
     kernel_name=name,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
+    scratch_types={"scratch": scratch},
+  )
+
+
+def launch_alone(name: str, body, grid: dict[str, int], out_type: Any, scratch: Any = ()):
+  """`plgpu.kernel` with one warpgroup per point of the grid, which feeds itself."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2 * REDUCTION),
     scratch_types={"scratch": scratch},
   )

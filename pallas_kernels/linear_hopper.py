@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, linear_hopper_channel, linear_hopper_chunk, linear_tiles
+from pallas_kernels import (
+  hopper,
+  linear_hopper_channel,
+  linear_hopper_chunk,
+  linear_hopper_step,
+  linear_tiles,
+)
 from pallas_kernels.linear import Array, Normalized, Settings, State
 from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, Inputs, walk
 from pallas_kernels.linear_tiles import CHUNK, chunked
@@ -22,18 +28,19 @@ def unsupported(q, k, v, g, settings: Settings) -> str | None:
   return None
 
 
-def _padded(width: int) -> int:
-  return -(-width // 64) * 64
-
-
-def _whole(x: Array, axes: tuple[int, ...] = (3,)) -> Array:
-  """With zeros up to whole tiles along `axes`, and rows up to a multiple of 8."""
-  pad = [(0, 0)] * x.ndim
-  for axis in axes:
-    pad[axis] = (0, -x.shape[axis] % 64)
-  if axes == (3,):
-    pad[1] = (0, -x.shape[1] % 8)
+def _widen(x: Array, axes: tuple[int, ...]) -> Array:
+  """With zeros up to whole tiles along these axes."""
+  pad = [(0, -size % 64 if axis in axes else 0) for axis, size in enumerate(x.shape)]
   return jnp.pad(x, pad) if any(after for _, after in pad) else x
+
+
+def _whole(x: Array) -> Array:
+  """`B T heads width` with zeros up to whole tiles, and rows up to a multiple of 8, which a bulk
+  copy asks for.
+  """
+  x = _widen(x, (3,))
+  rows = -x.shape[1] % 8
+  return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0))) if rows else x
 
 
 class _Call(NamedTuple):
@@ -56,8 +63,8 @@ def _token_call(q, k, v, g, state: State) -> _Call:
   sums = linear_tiles.sums(linear_tiles.per_token(g, B, T, N))
   numbers = jnp.stack([*sums[:4], *[jnp.zeros_like(sums.hi)] * 2], 3)
   fade = jnp.broadcast_to(sums.fade[..., None], (*sums.fade.shape, M))
-  z = None if state.z is None else _whole(state.z, (2,))
-  return _Call(q, k, v, _whole(state.kv, (2, 3)), z, numbers, fade, None)
+  z = None if state.z is None else _widen(state.z, (2,))
+  return _Call(q, k, v, _widen(state.kv, (2, 3)), z, numbers, fade, None)
 
 
 def _channel_call(q, k, v, g, state: State, scale: Array | float, on_chip: bool) -> _Call:
@@ -139,7 +146,7 @@ def backward(
   """(dq, dk, dv, dg, d_state)."""
   T = q.shape[1]
   M, h = state.kv.shape[2:]
-  d_kv, z, d_z, d_z_start = _whole(d_state.kv, (2, 3)), None, None, None
+  d_kv, z, d_z, d_z_start = _widen(d_state.kv, (2, 3)), None, None, None
   scale = jnp.float32(settings.scale) if normalized is None else chunked(normalized.inverse, 2)
   call = _call(q, k, v, g, state, scale, on_chip)
   numbers = call.numbers.at[:, :, :, SCALE].set(scale)
@@ -147,7 +154,7 @@ def backward(
     d_weight = chunked(-normalized.inverse * normalized.delta, 2)
     numbers = numbers.at[:, :, :, EXTRA].set(d_weight)
     z, _ = _normalizers(call)
-    d_z, d_z_start = _d_normalizers(call, d_weight, _whole(d_state.z, (2,)))
+    d_z, d_z_start = _d_normalizers(call, d_weight, _widen(d_state.z, (2,)))
     d_z_start = d_z_start[..., :M]
   d_out = _whole(d_out.astype(v.dtype))
   one = functools.partial(walk, on_chip=on_chip)
@@ -186,3 +193,28 @@ def _d_normalizers(call: _Call, d_weight: Array, d_z: Array) -> tuple[Array, Arr
   read = d_weight * call.numbers[:, :, :, READ]
   add = jnp.einsum("bcinm,bnci->bncm", q, read, precision="highest")
   return linear_tiles.walk(call.fade, add, d_z, reverse=True)
+
+
+def step(
+  q: Array, k: Array, v: Array, g: Array | None, state: State, settings: Settings
+) -> tuple[Array, State]:
+  """(out `B N h`, state) after one token."""
+  (B, N, M, h), dtype = state.kv.shape, v.dtype
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  fade = jnp.exp(jnp.zeros((1, 1, 1)) if g is None else g[..., None] if g.ndim < 3 else g)
+  fade = jnp.broadcast_to(fade, (B, N, M))
+  scale, z = jnp.full((B, N), settings.scale, jnp.float32), None
+  if settings.normalize:
+    q_heads, k_heads = (jnp.repeat(x, N // x.shape[1], 1) for x in (q, k))
+    z = fade * state.z + k_heads
+    weight = jnp.einsum("bnm,bnm->bn", q_heads, z, precision="highest")
+    scale = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
+  widen = functools.partial(_widen, axes=(2,))
+  out, kv = linear_hopper_step.step(
+    linear_hopper_step.Inputs(
+      *map(widen, (q, k, v, fade)),
+      jnp.broadcast_to(scale[..., None], (B, N, linear_hopper_step.COLUMNS)),
+      _widen(state.kv, (2, 3)),
+    )
+  )
+  return out[..., :h].astype(dtype), State(kv[..., :M, :h], z)

@@ -62,20 +62,20 @@ def crossing(level: Array | int) -> Array:
   return (half(i, level) ^ half(j, level)) == 1
 
 
-def split(x: Array, smem: tuple[Any, Any]) -> None:
+def split(x: Array, smem) -> None:
   """A float32 tile as the sum of two in shared memory."""
-  hi_smem, lo_smem = smem
   hi = x.astype(jnp.bfloat16)
-  hi_smem[...] = hi
-  lo_smem[...] = (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)
+  smem.at[0][...] = hi
+  smem.at[1][...] = (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)
   plgpu.commit_smem()
 
 
-def weigh(d: Array, smem: tuple[Any, Any], start: Array | None = None, *, on_chip: bool) -> Array:
+def weigh(d: Array, smem, step: Array, start: Array | None = None, *, on_chip: bool) -> Array:
   """d x, of zeros and ones and what `split` left, added to `start`."""
   ones = jnp.where(d, 1.0, 0.0).astype(jnp.bfloat16)
   total = zeros(CHUNK, CHANNELS) if start is None else start
-  for part_smem in smem:
+  for i in range(2):
+    part_smem = smem.at[hopper.unhoisted(jnp.int32(i), step)]
     (total,) = hopper.add_products((total, ones, part_smem), on_chip=on_chip)
   return total
 
@@ -123,9 +123,10 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
 
   def store(x, gmem):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    scratch.out_smem[...] = x.astype(scratch.out_smem.dtype)
+    out_smem = scratch.out_smem.at[0]
+    out_smem[...] = x.astype(out_smem.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch.out_smem, gmem)
+    plgpu.copy_smem_to_gmem(out_smem, gmem)
 
   def part(m, pairs):
     columns = pl.ds(m * CHANNELS, CHANNELS)
@@ -136,11 +137,12 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
     pairs = pairs + jnp.where(i == j, multiply(q_smem, k_smem), 0.0)
 
     def one(level, pairs):
-      decay = jnp.exp2(weigh(between(level), scratch.g_smem, on_chip=on_chip))
+      decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
       x = decay * jnp.where(_right(level), load(q_smem), load(k_smem))
-      scratch.x_smem[...] = x.astype(scratch.x_smem.dtype)
+      x_smem = scratch.x_smem.at[hopper.unhoisted(jnp.int32(0), level)]
+      x_smem[...] = x.astype(x_smem.dtype)
       plgpu.commit_smem()
-      found = multiply(scratch.x_smem, scratch.x_smem)
+      found = multiply(x_smem, x_smem)
       return pairs + jnp.where(crossing(level), jnp.where(j < i, found, 0.0), 0.0)
 
     pairs = lax.fori_loop(0, LEVELS, one, pairs)
@@ -148,7 +150,7 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
       (up_to(), q_smem, faded_q),
       (between(LEVELS), k_smem, faded_k),
     ):
-      decay = jnp.exp2(weigh(d, scratch.g_smem, on_chip=on_chip))
+      decay = jnp.exp2(weigh(d, scratch.g_smem, m, on_chip=on_chip))
       store(decay * load(smem), out.at[b, rows, n, columns])
     return pairs
 
@@ -156,20 +158,6 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
   factor = plgpu.load(scale.at[b, n, c], layout=ROW, optimized=False)
   store(pairs * along(factor, 0, pairs.shape), pairs_gmem.at[b, n, c])
   plgpu.wait_smem_to_gmem(0)
-
-
-def _launch(name: str, body, grid: dict[str, int], out_type: Any, scratch: Any):
-  return plgpu.kernel(
-    body,
-    out_type=out_type,
-    grid=tuple(grid.values()),
-    grid_names=tuple(grid),
-    kernel_name=name,
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=hopper.REDUCTION
-    ),
-    scratch_types={"scratch": scratch},
-  )
 
 
 def fade(q: Array, k: Array, g: Array, scale: Array, *, on_chip: bool) -> Faded:
@@ -180,7 +168,7 @@ def fade(q: Array, k: Array, g: Array, scale: Array, *, on_chip: bool) -> Faded:
   like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
   parts = M // CHANNELS
   return Faded(
-    *_launch(
+    *hopper.launch_alone(
       "linear_fade",
       functools.partial(_fade_kernel, on_chip),
       {"chunk": chunks, "head": N, "batch": B},
@@ -189,17 +177,12 @@ def fade(q: Array, k: Array, g: Array, scale: Array, *, on_chip: bool) -> Faded:
         q_smem=tile(parts),
         k_smem=tile(parts),
         here=plgpu.Barrier(num_arrivals=2 * parts),
-        g_smem=(_single(dtype), _single(dtype)),
-        x_smem=_single(dtype),
-        out_smem=_single(dtype),
+        g_smem=tile(2),
+        x_smem=tile(1),
+        out_smem=tile(1),
       ),
     )(q, k, g, scale)
   )
-
-
-def _single(dtype: Any) -> Any:
-  one = matrix(CHUNK, CHANNELS, dtype)(1)
-  return plgpu.SMEM((CHUNK, CHANNELS), dtype, transforms=one.transforms)
 
 
 class Unfade(NamedTuple):
@@ -243,13 +226,13 @@ def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, s
   plgpu.barrier_wait(scratch.here)
   q_smem, k_smem, faded_q, faded_k, low, high = (scratch.tiles.at[i] for i in range(6))
   i, j = positions((CHUNK, CHUNK))
-  once = lambda d, total: weigh(d, scratch.d_smem, total, on_chip=on_chip)
+  once = lambda d, step, total: weigh(d, scratch.d_smem, step, total, on_chip=on_chip)
 
   def whole(d, d_t, smem, faded, dg):
     """(the gradient of q or k, dg) through what enters or leaves the chunk."""
-    dx = jnp.exp2(weigh(d, scratch.g_smem, on_chip=on_chip)) * load(faded)
+    dx = jnp.exp2(weigh(d, scratch.g_smem, c, on_chip=on_chip)) * load(faded)
     split(dx * load(smem), scratch.d_smem)
-    return dx, once(d_t, dg)
+    return dx, once(d_t, c, dg)
 
   d_fade = plgpu.load(given.d_fade.at[b, n, c, columns], layout=COLUMN, optimized=False)
   dg = along(d_fade, 1, (CHUNK, CHANNELS))
@@ -260,22 +243,23 @@ def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, s
 
   def one(level, carry):
     dq, dk, dg = carry
-    decay = jnp.exp2(weigh(between(level), scratch.g_smem, on_chip=on_chip))
+    decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
     right = _right(level)
     x = decay * jnp.where(right, load(q_smem), load(k_smem))
-    scratch.x_smem[...] = x.astype(scratch.x_smem.dtype)
+    x_smem = scratch.x_smem.at[hopper.unhoisted(jnp.int32(0), level)]
+    x_smem[...] = x.astype(x_smem.dtype)
     plgpu.commit_smem()
     d_pairs = jnp.where(crossing(level), load(low) + load(high), 0.0)
-    terms = zeros(CHUNK, CHANNELS), d_pairs.astype(scratch.x_smem.dtype), scratch.x_smem
+    terms = zeros(CHUNK, CHANNELS), d_pairs.astype(x_smem.dtype), x_smem
     (dx,) = hopper.add_products(terms, on_chip=on_chip)
-    split(x * dx, scratch.d_smem)
+    split(load(x_smem) * dx, scratch.d_smem)
     dx = decay * dx
-    dg = once(between(level, transposed=True), dg)
+    dg = once(between(level, transposed=True), level, dg)
     return dq + jnp.where(right, dx, 0.0), dk + jnp.where(right, 0.0, dx), dg
 
   dq, dk, dg = lax.fori_loop(0, LEVELS, one, (dq, dk, dg))
   for value, gmem in ((dq, dq_gmem), (dk, dk_gmem)):
-    hopper.store(value.astype(q_smem.dtype), scratch.x_smem, gmem.at[b, rows, n, columns])
+    hopper.store(value.astype(q_smem.dtype), scratch.x_smem.at[0], gmem.at[b, rows, n, columns])
   hopper.store(dg, scratch.out_smem, dg_gmem.at[b, rows, n, columns])
 
 
@@ -284,7 +268,7 @@ def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
   (B, T, N, M), dtype = given.d_faded_q.shape, given.q.dtype
   like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
   tile = matrix(CHUNK, CHANNELS, dtype)
-  return _launch(
+  return hopper.launch_alone(
     "linear_unfade",
     functools.partial(_unfade_kernel, on_chip),
     {"part": M // CHANNELS, "chunk": given.g.shape[1] // CHUNK, "head": N, "batch": B},
@@ -292,9 +276,9 @@ def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
     _UnfadeScratch(
       tiles=tile(6),
       here=plgpu.Barrier(num_arrivals=6),
-      g_smem=(_single(dtype), _single(dtype)),
-      d_smem=(_single(dtype), _single(dtype)),
-      x_smem=_single(dtype),
+      g_smem=tile(2),
+      d_smem=tile(2),
+      x_smem=tile(1),
       out_smem=plgpu.SMEM((ROWS, CHANNELS), jnp.float32),
     ),
   )(given)

@@ -1,5 +1,5 @@
-"""The gradients of a chunk from the state that enters it and the gradient of the one that leaves, on
-Hopper GPUs (sm_90a). Chunks do not depend on each other here.
+"""The gradients of a chunk from the state that enters it and the gradient of the one that leaves,
+on Hopper GPUs (sm_90a). Chunks do not depend on each other here.
 
     dX = scale dO, row by row            dP = (dX V^T + dw) E
     dQ = read (dX S^T + dw z^T) + dP K   dK = write (V dS^T + dz^T) + dP^T Q
@@ -14,8 +14,8 @@ and of the log decays, float32, per token:
 
 One block of threads takes a run of chunks of one head: a feeder, a warpgroup whose rows are
 queries (dQ, `row`, `read`, `fade`) and one whose rows are keys (dK, dV, `column`, `write`). q and k
-of a chunk come by one ring, 64 columns of v, dO, S and dS by another; scales are applied to products; the sums over h are in
-accumulators, and what is of h, dV, leaves slice by slice.
+of a chunk come by one ring, 64 columns of v, dO, S and dS by another. Sums over h are accumulators
+(scales are applied to them, not to dO); dV leaves slice by slice.
 
 With decays per channel q and k come faded, P comes ready, and dP leaves for
 `linear_hopper_channel`, as do the gradients of the faded q and k.
@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, Ring, along, matrix, row_of, zeros
-from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, exponent, head, positions
+from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, decay, head, positions
 from pallas_kernels.linear_tiles import CHUNK, Array
 
 COLUMNS = 64
@@ -91,6 +91,8 @@ class Scratch(NamedTuple):
   slices: Ring
   out_smem: Any
   """A tile of each computing warpgroup."""
+  pairs_smem: Any
+  """P^T, or None: it came."""
 
 
 class _Chunks:
@@ -210,13 +212,34 @@ class _Chunks:
       return
     dq = dq * along(row(READ), 0, dq.shape)
     self.put(c, 1, self.dot(q_smem, dq))
-    x, allowed = exponent(numbers_smem, dp.shape, keys_first=False)
-    dp = dp * jnp.exp2(jnp.where(allowed, x, -jnp.inf))
+    dp = dp * decay(numbers_smem, keys_first=False)
     scores = hopper.product(q_smem, k_smem, on_chip=on_chip)
     self.put(c, 0, jnp.where(j < i, scores * dp, 0.0).sum(axis=1))
     (dq,) = hopper.add_products((dq, dp.astype(k_smem.dtype), k_smem), on_chip=on_chip)
     scratch.tokens.give(t)
     self.store(dq, dq_gmem, 0)
+
+  def values(self, t, rows, write, given: bool, j, carry):
+    """(dK, dP^T) with the terms of one more slice of the values, whose dV goes out."""
+    scratch, static, on_chip = self.scratch, self.static, self.static.on_chip
+    dk, dp = carry
+    step = t * static.slices + j
+    still = lambda buffer, slot: buffer.at[hopper.unhoisted(slot, step)]
+    _, k_buffer, _, *pairs = scratch.tokens.buffers
+    slot = scratch.tokens.slot(t)
+    v_smem, d_smem, _, d_state_smem = scratch.slices.take(step)
+    dk = hopper.product(v_smem, d_state_smem, dk, on_chip=on_chip)
+    dp = hopper.product(v_smem, d_smem, dp, on_chip=on_chip)
+    dv = hopper.multiply(still(k_buffer, slot), d_state_smem, on_chip=on_chip)
+    if given:
+      pairs_smem = still(pairs[0], slot)
+    else:
+      dv, pairs_smem = dv * write(dv.shape), still(scratch.pairs_smem, jnp.int32(0))
+    dv = hopper.multiply(pairs_smem, d_smem, dv, a_t=given, on_chip=on_chip)
+    scratch.slices.give(step)
+    columns = pl.ds(j * COLUMNS, COLUMNS)
+    self.store(dv, self.outputs.dv.at[self.b, rows, self.n, columns], 1)
+    return dk, dp
 
   def keys(self, t) -> None:
     """dK, dV and what is summed along the columns of dP."""
@@ -228,34 +251,16 @@ class _Chunks:
     load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
     column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
 
-    def decay():
-      x, allowed = exponent(numbers_smem, shape, keys_first=True)
-      return jnp.exp2(jnp.where(allowed, x, -jnp.inf))
-
-    dk, dp, weights = zeros(ROWS, M), zeros(*shape), None
+    dk, dp = zeros(ROWS, M), zeros(*shape)
     if inputs.d_z is not None:
       dk = along(load(inputs.d_z.at[here]), 1, dk.shape)
     if not pairs:
-      weights = hopper.product(k_smem, q_smem, on_chip=on_chip) * decay()
-      weights = (weights * column(SCALE)).astype(dtype)
+      weights = hopper.product(k_smem, q_smem, on_chip=on_chip)
+      weights = weights * decay(numbers_smem, keys_first=True) * column(SCALE)
+      scratch.pairs_smem.at[0][...] = weights.astype(dtype)
+      plgpu.commit_smem()
 
-    def part(j, carry):
-      dk, dp = carry
-      step = t * static.slices + j
-      v_smem, d_smem, _, d_state_smem = scratch.slices.take(step)
-      dk = hopper.product(v_smem, d_state_smem, dk, on_chip=on_chip)
-      dp = hopper.product(v_smem, d_smem, dp, on_chip=on_chip)
-      dv = hopper.multiply(k_smem, d_state_smem, on_chip=on_chip)
-      if pairs:
-        dv = hopper.multiply(pairs[0], d_smem, dv, a_t=True, on_chip=on_chip)
-      else:
-        dv = dv * write(dv.shape)
-        (dv,) = hopper.add_products((dv, weights, d_smem), on_chip=on_chip)
-      scratch.slices.give(step)
-      columns = pl.ds(j * COLUMNS, COLUMNS)
-      self.store(dv, self.outputs.dv.at[self.b, rows, self.n, columns], 1)
-      return dk, dp
-
+    part = functools.partial(self.values, t, rows, write, bool(pairs))
     dk, dp = lax.fori_loop(0, static.slices, part, (dk, dp))
     dp = dp * column(SCALE)
     if inputs.d_z is not None:
@@ -270,7 +275,7 @@ class _Chunks:
       return
     dk = dk * write(dk.shape)
     self.put(c, 3, self.dot(k_smem, dk))
-    dp = dp * decay()
+    dp = dp * decay(numbers_smem, keys_first=True)
     scores = hopper.product(k_smem, q_smem, on_chip=on_chip)
     self.put(c, 2, jnp.where(j > i, scores * dp, 0.0).sum(axis=1))
     (dk,) = hopper.add_products((dk, dp.astype(dtype), q_smem), on_chip=on_chip)
@@ -308,6 +313,7 @@ def gradients(inputs: Inputs, *, on_chip: bool) -> Outputs:
       Ring.of(2, plan.stages[0], *tokens),
       Ring.of(2, plan.stages[1], *slices),
       matrix(ROWS, COLUMNS, dtype)(2),
+      matrix(CHUNK, CHUNK, dtype)(1) if inputs.pairs is None else None,
     ),
   )(inputs)
   return Outputs(*results, *(None,) * (len(Outputs._fields) - len(results)))

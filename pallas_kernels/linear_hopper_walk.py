@@ -91,15 +91,17 @@ def head(x, n: Array, heads: int) -> Array | int:
   return lax.div(n, heads // x.shape[2])
 
 
-def exponent(numbers_smem, shape: tuple[int, int], *, keys_first: bool) -> tuple[Array, Array]:
-  """(the log decay between the write and the read of every pair, whether the pair is allowed)."""
+def decay(numbers_smem, *, keys_first: bool) -> Array:
+  """How far every write has faded when it is read, and 0 where the read comes first."""
+  shape = (CHUNK, CHUNK)
   row = lambda i: along(plgpu.load(numbers_smem.at[i], layout=ROW), 0, shape)
   # Where one buffer is read both ways, the search for layouts ends only if one way may be slow.
   load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
   column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
   x = (row(HI) - column(HI)) + (row(LO) - column(LO))
   i, j = positions(shape)
-  return (-x, j >= i) if keys_first else (x, j <= i)
+  x, allowed = (-x, j >= i) if keys_first else (x, j <= i)
+  return jnp.exp2(jnp.where(allowed, x, -jnp.inf))
 
 
 def positions(shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -185,13 +187,11 @@ class _Walk:
   def output(self, c, wg, reads, k_smem, v_smem, numbers_smem, state_smem) -> None:
     """What a chunk's queries read."""
     static, on_chip, (q_smem, *pairs) = self.static, self.static.on_chip, reads
-    shape = (CHUNK, CHUNK)
     if pairs:
       weights = plgpu.load(pairs[0], layout=TILE)
     else:
-      x, allowed = exponent(numbers_smem, shape, keys_first=False)
-      decay = jnp.exp2(jnp.where(allowed, x, -jnp.inf))
-      weights = hopper.product(q_smem, k_smem, on_chip=on_chip) * decay
+      weights = hopper.product(q_smem, k_smem, on_chip=on_chip)
+      weights = weights * decay(numbers_smem, keys_first=False)
     if static.normalize:
       weight = weights.astype(jnp.float32).sum(axis=1)
       weight = weight + plgpu.load(numbers_smem.at[EXTRA], layout=ROW)

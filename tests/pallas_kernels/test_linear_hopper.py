@@ -1,0 +1,107 @@
+"""Linear attention on Hopper GPUs, interpreted with its barriers, rings, warpgroups and a race
+detector that fails on a race, against the recurrence in float64: every result and every gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+import linear_kit
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from linear_kit import Problem
+
+import kit
+from pallas_kernels import aot, linear_hopper
+from pallas_kernels.linear import Normalized, Settings
+
+
+def _problem(**fields):
+  return Problem(**({"B": 1, "dtype": "bfloat16"} | fields))
+
+
+PROBLEMS = {
+  "token": _problem(T=100, Nq=1, Kv=1, K=1, scale=0.3),
+  "token, normalized, harsh, grouped": _problem(T=70, M=40, h=96, K=1, normalize=True, harsh=True),
+  "token, documents": _problem(T=130, Nq=1, K=1, Kv=1, document=50, harsh=True),
+  "head, grouped": _problem(T=70, K=1, Kv=1, h=128, decay="head", scale=0.5),
+  "none, one token": _problem(T=1, Nq=1, K=1, Kv=1, M=16, h=16, decay="none"),
+  "none, normalized, wide": _problem(
+    T=65, Nq=1, K=1, Kv=1, M=200, h=250, decay="none", normalize=True
+  ),
+  "channel": _problem(T=66, Nq=1, K=1, Kv=1, M=100, decay="channel", scale=0.3),
+  "channel, normalized, harsh, grouped": _problem(
+    T=70, M=40, h=96, K=1, Kv=1, decay="channel", normalize=True, harsh=True
+  ),
+  "channel, documents": _problem(
+    T=130, Nq=1, K=1, Kv=1, decay="channel", document=50, harsh=True
+  ),
+}  # fmt: skip
+
+
+def _interpreter():
+  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_results_and_gradients(name):
+  with _interpreter():
+    linear_kit.check(linear_hopper, PROBLEMS[name], on_chip=False)
+
+
+def test_a_document_does_not_see_the_one_before():
+  """Bit for bit: exp(FORGET) is 0, whatever was there."""
+  x = _problem(T=66, Nq=1, K=1, Kv=1, document=50).inputs()
+  forward = lambda v: linear_hopper.forward(
+    x["q"], x["k"], v, x["g"], x["state"], Settings(1.0, False), on_chip=False
+  )
+  with _interpreter():
+    out = forward(x["v"])[0]
+    other = forward(x["v"].at[:, :50].mul(1e4))[0]
+  kit.assert_same("second document", out[:, 50:], other[:, 50:])
+  assert np.abs(np.asarray(out[:, :50] - other[:, :50], np.float32)).max() > 0
+
+
+def test_a_weight_of_zero_gives_zeros_and_no_nan():
+  """Keys of zero before anything was written: the output and every gradient that meets it."""
+  x = _problem(T=10, Nq=1, K=1, Kv=1, normalize=True).inputs()
+  state = jax.tree.map(jnp.zeros_like, x["state"])
+  k, settings = x["k"].at[:, :3].set(0.0), Settings(1.0, True)
+  with _interpreter():
+    given = x["q"], k, x["v"], x["g"], state
+    out, weight, _ = linear_hopper.forward(*given, settings, on_chip=False)
+    assert not np.asarray(weight[..., :3]).any() and not np.asarray(out[:, :3]).any()
+    normalized = Normalized(
+      jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight)), jnp.zeros_like(weight)
+    )
+    found = linear_hopper.backward(
+      *given, normalized, x["d_out"], x["d_state"], settings, on_chip=False
+    )
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(found))
+  assert not np.asarray(found[0][:, :3]).any()
+
+
+def test_refusals_name_the_values():
+  x = lambda width, dtype: jax.ShapeDtypeStruct((1, 8, 1, width), dtype)
+  refuse = lambda q, k, v: linear_hopper.unsupported(q, k, v, None, Settings(1.0, False))
+  narrow, wide, single = x(64, jnp.bfloat16), x(300, jnp.bfloat16), x(64, jnp.float32)
+  assert refuse(narrow, narrow, narrow) is None
+  assert refuse(wide, wide, narrow) == "width of q and k 300 is more than 256"
+  assert refuse(narrow, narrow, wide) == "width of v 300 is more than 256"
+  assert "float32" in refuse(single, single, single)
+
+
+@pytest.mark.skipif(aot.missing(aot.CHIPS["h200"]) is not None, reason="needs the [aot] extra")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_lowers_for_the_chip(name):
+  """What the interpreter forgives: layouts, lengths of copies, what a product may read."""
+  problem = PROBLEMS[name]
+  x, settings = problem.inputs(), problem.settings
+  one = jax.ShapeDtypeStruct((problem.B, problem.N, problem.T), jnp.float32)
+  normalized = Normalized(one, one) if problem.normalize else None
+  given = x["q"], x["k"], x["v"], x["g"], x["state"]
+
+  def both(given, *rest):
+    forward = linear_hopper.forward(*given, settings)
+    return forward, linear_hopper.backward(*given, *rest, settings)
+
+  aot.lower_for(aot.CHIPS["h200"], both, given, normalized, x["d_out"], x["d_state"])
