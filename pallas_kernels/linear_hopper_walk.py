@@ -192,6 +192,7 @@ class _Walk:
     else:
       weights = hopper.product(q_smem, k_smem, on_chip=on_chip)
       weights = weights * decay(numbers_smem, keys_first=False)
+    weight = None
     if static.normalize:
       weight = weights.astype(jnp.float32).sum(axis=1)
       weight = weight + plgpu.load(numbers_smem.at[EXTRA], layout=ROW)
@@ -200,7 +201,7 @@ class _Walk:
     if not pairs:
       out = out * along(plgpu.load(numbers_smem.at[READ], layout=ROW), 0, out.shape)
     (out,) = hopper.add_products((out, weights, v_smem), on_chip=on_chip)
-    if static.normalize:
+    if weight is not None:
       inverse = jnp.where(weight == 0.0, 0.0, 1.0 / weight)
       out = out * along(inverse, 0, out.shape)
       first = (self.part == 0) & (self.wg == 0)
