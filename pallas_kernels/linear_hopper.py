@@ -22,10 +22,11 @@ both at 4.8 TB/s for B=1, T=8192, N=96:
     channel, forward   12 and 26          0.25 and 0.55
     channel, backward  22 and 82          0.46 and 1.72
 
-ptxas at M = h = 128: no product is serialized, and only `linear_unfade` spills (64 bytes). 240
-registers compute and 24 feed, 255 where a warpgroup feeds itself; shared memory is 148 KiB forward,
-188 KiB in `linear_gradients`. At M = 256 with decays per token `linear_forward` spills 196 bytes
-and `linear_gradients` 968, with decays per channel 0 and 12. No chip has run it yet.
+ptxas at the shapes of fla's registry: no product is serialized. At M = h = 128 `linear_unfade`
+spills 76 to 104 bytes, `linear_gradients` 0 to 4, the others nothing; 240 registers compute and 24
+feed, 255 where a warpgroup feeds itself; shared memory is 148 KiB forward (channel: 164), 188 KiB
+in `linear_gradients` (196). At M = 256 with decays per token `linear_forward` spills 196 bytes and
+`linear_gradients` 968, with decays per channel 0 and 12. No chip has run it yet.
 """
 
 import functools
