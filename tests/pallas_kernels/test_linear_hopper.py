@@ -4,13 +4,13 @@ detector that fails on a race, against the recurrence in float64: every result a
 
 import jax
 import jax.numpy as jnp
-import linear_kit
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from linear_kit import Problem
 
 import kit
+import linear_kit
+from linear_kit import Problem
 from pallas_kernels import aot, linear_hopper
 from pallas_kernels.linear import Normalized, Settings
 

@@ -1,9 +1,9 @@
 """The gradients of a chunk: a run of chunks that is longer than what one block takes."""
 
-import linear_kit
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from linear_kit import Problem
 
+import linear_kit
+from linear_kit import Problem
 from pallas_kernels import linear_hopper, linear_hopper_chunk
 from pallas_kernels.linear_tiles import CHUNK
 

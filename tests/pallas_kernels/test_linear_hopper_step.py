@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import linear_kit
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from linear_kit import Problem
 
 import kit
+import linear_kit
+from linear_kit import Problem
 from pallas_kernels import aot, linear_hopper
 from pallas_kernels.linear import State
 
