@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attention import chunk_scan, kernels
+from attention.linear_call import Call
 from pallas_kernels import linear
 from pallas_kernels.linear import FORGET, Normalized, Settings
 
@@ -45,7 +46,7 @@ def _kernel(chip: str) -> ModuleType:
   return linear_tpu
 
 
-def unsupported(chip: str, call: Any) -> str | None:
+def unsupported(chip: str, call: Call) -> str | None:
   """Why a call of `linear_attention` cannot run here, forward and backward, or None."""
   if reason := kernels.unsupported(chip, (call.q, call.k, call.v)):
     return reason
@@ -53,7 +54,7 @@ def unsupported(chip: str, call: Any) -> str | None:
   return _kernel(chip).unsupported(*operands[:4], static.settings)
 
 
-def run(chip: str, call: Any) -> tuple[Array, chunk_scan.State]:
+def run(chip: str, call: Call) -> tuple[Array, chunk_scan.State]:
   """The output and the state of a call that runs from the first token to the last."""
   static, operands = _lowered(chip, call)
   out, _, state = _attend(static, operands)
@@ -64,14 +65,14 @@ def run(chip: str, call: Any) -> tuple[Array, chunk_scan.State]:
   return out, chunk_scan.State(state.kv, z)
 
 
-def _real(call: Any) -> Array:
+def _real(call: Call) -> Array:
   """Which tokens are not padding, `B T`."""
   B, T = call.q.shape[:2]
   lengths = jnp.full((B,), T) if call.lengths is None else call.lengths
   return jnp.arange(T, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
-def _lowered(chip: str, call: Any) -> tuple[_Static, _Operands]:
+def _lowered(chip: str, call: Call) -> tuple[_Static, _Operands]:
   """The call as its kernel reads it."""
   phi = call.feature_map
   q = phi(call.q.astype(jnp.float32), positions=call.positions, is_query=True)
@@ -88,7 +89,7 @@ def _lowered(chip: str, call: Any) -> tuple[_Static, _Operands]:
   return _Static(chip, Settings(call.scale, call.normalize)), operands
 
 
-def _decays(call: Any) -> Array | None:
+def _decays(call: Call) -> Array | None:
   """g of every token, 0 at padding and `FORGET` where a document begins; None if all is 0."""
   (B, T), g = call.q.shape[:2], call.log_decay
   if g is not None:
@@ -124,6 +125,58 @@ def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any
   return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), d_operands, operands)
 
 
+class Token(NamedTuple):
+  """A decoding step, its features made."""
+
+  q: Array
+  """`B Nq M`, as k `B K M` in the dtype of the state; v is `B Kv h` in its own."""
+  k: Array
+  v: Array
+  g: Array | None
+  """`N`, `B N` or `B N M`."""
+  kv: Array
+  z: Array
+  scale: float
+  normalize: bool
+
+
+def step_unsupported(chip: str, token: Token) -> str | None:
+  """Why a step cannot run here by a kernel, or None."""
+  if reason := kernels.unsupported(chip, token[:3]):
+    return reason
+  static, x = _lowered_step(chip, token)
+  return _kernel(chip).unsupported(*x[:4], static.settings)
+
+
+def step(chip: str, token: Token) -> tuple[Array, Array, Array]:
+  """(output, kv, z) after one token; without a derivative."""
+  out, state = _step(*_lowered_step(chip, token))
+  return out, state.kv, token.z if state.z is None else state.z
+
+
+def _lowered_step(chip: str, token: Token) -> tuple[_Static, _Operands]:
+  q, k, g = token.q.astype(token.v.dtype), token.k.astype(token.v.dtype), token.g
+  if g is not None:
+    g = jnp.maximum(g.astype(jnp.float32), FORGET)
+    g = jnp.broadcast_to(g, token.kv.shape[:2]) if g.ndim == 1 else g
+  state = linear.State(token.kv, token.z if token.normalize else None)
+  settings = Settings(token.scale, token.normalize)
+  return _Static(chip, settings), _Operands(q, k, token.v, g, state)
+
+
+def _one_token(static: _Static, operands: _Operands) -> tuple[Array, linear.State]:
+  return _kernel(static.chip).step(*operands, static.settings)
+
+
+def _no_derivative(static: _Static, operands: Any, results: Any, gradients: Any) -> Any:
+  raise NotImplementedError(
+    f"a step of the {static.chip!r} kernel has no derivative; implementation='xla' has"
+  )
+
+
+_step = kernels.differentiable_once(
+  _one_token, _no_derivative, instead="implementation='xla' has derivatives"
+)
 _attend = kernels.differentiable_once(
   _forward, _backward, instead="implementation='chunked' has derivatives of every order"
 )

@@ -17,6 +17,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Final
 
 import jax
@@ -30,6 +31,7 @@ from attention.ops import linear
 from experiments import flags, provenance
 from experiments.flags import UserError, knob
 from pallas_kernels import linear as contract
+from pallas_kernels import linear_hopper, linear_tpu
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_errors.json"
 N, M, h = 2, 32, 32
@@ -154,15 +156,12 @@ def truth(x: Inputs, normalize: bool) -> dict[str, np.ndarray]:
 
 def by_kernel(x: Inputs, normalize: bool, chip: str) -> dict[str, Any]:
   """The same from a chip's kernel, interpreted, called as `pallas_kernels.linear` says."""
-  if chip == "tpu":
-    from pallas_kernels import linear_tpu as kernel
-
-    options, interpret = {}, pltpu.force_tpu_interpret_mode(pltpu.InterpretParams())
-  else:
-    from pallas_kernels import linear_hopper as kernel
-
-    options = {"on_chip": False}
-    interpret = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+  kernel: ModuleType = {"tpu": linear_tpu, "hopper": linear_hopper}[chip]
+  options = {"on_chip": False} if chip == "hopper" else {}
+  interpret = {
+    "tpu": lambda: pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
+    "hopper": lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
+  }[chip]()
   settings = contract.Settings(1.0, normalize)
   given = x["q"], x["k"], x["v"], _forgetting(x)
   state = contract.State(x["kv"], x["z"] if normalize else None)
@@ -174,8 +173,8 @@ def by_kernel(x: Inputs, normalize: bool, chip: str) -> dict[str, Any]:
     if weight is not None:
       delta = (x["d_out"].astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
       normalized = contract.Normalized(1 / weight, delta)
-    back = (*given, state, normalized, x["d_out"], after, settings)
-    return out, end, kernel.backward(*back, **options)
+    gradients = kernel.backward(*given, state, normalized, x["d_out"], after, settings, **options)
+    return out, end, gradients
 
   with interpret:
     out, end, (dq, dk, dv, dg, start) = jax.jit(both)(given, state)

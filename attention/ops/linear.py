@@ -58,34 +58,9 @@ from attention.chunk_scan import (
 from attention.context_parallel import TimeAxis
 from attention.dispatch import Implementation, choose
 from attention.feature_maps import FeatureMap
+from attention.linear_call import DEFAULT_CHUNK, Call, describe
+from attention.linear_kernels import Token
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
-
-DEFAULT_CHUNK = 64
-
-
-class Call(NamedTuple):
-  """A checked call of `linear_attention`, as data."""
-
-  q: Query
-  k: Key
-  v: Value
-  log_decay: jax.Array | None
-  feature_map: FeatureMap
-  normalize: bool
-  initial_state: State | None
-  segment_ids: SegmentIds | None
-  positions: Int[Array, "B T"] | None
-  lengths: Int[Array, " B"] | None
-  reverse: bool
-  bidirectional: bool
-  chunk_size: int
-  scale: float
-  time_axis: TimeAxis | None
-
-  @property
-  def num_heads(self) -> int:
-    """N, of the output, the decay and the state."""
-    return max(self.q.shape[2], self.v.shape[2])
 
 
 def linear_attention(
@@ -167,95 +142,6 @@ def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
     at = lax.axis_index(call.time_axis.name) * T + jnp.arange(T, dtype=jnp.int32)
     call = call._replace(positions=at[None])
   return run(call)
-
-
-def describe(
-  q: Query,
-  k: Key,
-  v: Value,
-  *,
-  log_decay: Any = None,
-  feature_map: FeatureMap | str | None = None,
-  normalize: bool = False,
-  initial_state: State | None = None,
-  return_state: bool = False,
-  segment_ids: Any = None,
-  positions: Any = None,
-  lengths: Any = None,
-  reverse: bool = False,
-  bidirectional: bool = False,
-  axis_name: str | None = None,
-  chunk_size: int | None = None,
-  scale: float | None = None,
-) -> Call:
-  """Checks the arguments of `linear_attention` and returns the call as data. Computes nothing."""
-  if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-    raise ValueError(
-      f"q, k, v must be [B T N H], [B T K H], [B T K h], got {q.shape}, {k.shape}, {v.shape}"
-    )
-  B, T, _, H = q.shape
-  if k.shape[:2] != (B, T) or k.shape[3] != H:
-    raise ValueError(f"k must be [B={B} T={T} K H={H}] as q {q.shape} says, got {k.shape}")
-  if v.shape[:2] != (B, T):
-    raise ValueError(f"v must be [B={B} T={T} K h] as q {q.shape} says, got {v.shape}")
-  N = _output_heads(q, k, v)
-  feature_map = feature_maps.get(feature_map, H)
-  feature_maps.check_length(feature_map, T, positions)
-  M = feature_map.num_features(H) if isinstance(feature_map, FeatureMap) else None
-  _check_shape("log_decay", log_decay, (N,), (B, T, N), (B, T, N, M))
-  _check_shape("segment_ids", segment_ids, (B, T))
-  _check_shape("positions", positions, (B, T), (1, T))
-  _check_shape("lengths", lengths, (B,))
-  if initial_state is not None:
-    _check_shape("initial_state.kv", initial_state.kv, (B, N, M, v.shape[3]))
-    _check_shape("initial_state.z", initial_state.z, (B, N, M))
-  states = {"return_state": return_state, "initial_state": initial_state is not None}
-  _check_direction(reverse, bidirectional, lengths is not None, states, axis_name)
-  chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
-  if chunk_size < 1 or chunk_size & (chunk_size - 1):
-    raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
-  return Call(
-    q, k, v, log_decay, feature_map, normalize, initial_state, segment_ids, positions, lengths,
-    reverse, bidirectional, chunk_size, 1.0 if scale is None else scale,
-    None if axis_name is None else TimeAxis(axis_name),
-  )  # fmt: skip
-
-
-def _check_direction(
-  reverse: bool, bidirectional: bool, padded: bool, states: dict[str, bool], axis_name: str | None
-) -> None:
-  if bidirectional and (reverse or padded or any(states.values())):
-    given = {"reverse": reverse, "lengths": padded} | states
-    raise ValueError(
-      "bidirectional=True reads both ways, so it excludes reverse, lengths and states, got "
-      + ", ".join(f"{name}={value}" for name, value in given.items())
-    )
-  if reverse and padded:
-    raise ValueError(
-      "lengths pads the end, where reverse=True begins; flip the inputs instead, got both"
-    )
-  if axis_name is not None and padded:
-    raise ValueError(
-      f"lengths counts the tokens of one device, where axis_name={axis_name!r} cuts time over "
-      "several; mark padding by segment_ids instead"
-    )
-
-
-def _output_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> int:
-  """N, after a look at whether every number of heads divides it."""
-  N = max(q.shape[2], v.shape[2])
-  for name, x in (("q", q), ("k", k), ("v", v)):
-    if N % x.shape[2]:
-      raise ValueError(
-        f"{name}'s heads must divide the output's, the more of q's {q.shape[2]} and v's "
-        f"{v.shape[2]}: got {name} with {x.shape[2]} and N={N}"
-      )
-  return N
-
-
-def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None:
-  if array is not None and array.shape not in shapes:
-    raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {array.shape}")
 
 
 def chunked(call: Call) -> tuple[Output, State]:
@@ -552,28 +438,53 @@ def step(
   feature_map: FeatureMap | str | None = None,
   normalize: bool = False,
   scale: float | None = None,
+  implementation: str | None = None,
 ) -> tuple[DecodeState, Float[Array, "B N h"]]:
-  """One token: decay, write, read; the same cost after any past. log_decay: [N], [B N], [B N M]."""
-  N, phi = state.kv.shape[1], feature_maps.get(feature_map, q.shape[-1])
+  """One token: decay, write, read; the same cost after any past. log_decay: [N], [B N], [B N M].
+
+  `implementation` is "xla", or by name alone "hopper" or "tpu": kernels that read the state once,
+  and that no chip has timed yet beside "xla".
+  """
+  phi = feature_maps.get(feature_map, q.shape[-1])
   at, dtype = state.position[:, None], state.kv.dtype
   keys = phi(k.astype(dtype)[:, None], positions=at, is_query=False)[:, 0]
   queries = phi(q.astype(dtype)[:, None], positions=at, is_query=True)[:, 0]
-  queries, keys, values = (spread(x, N, 1) for x in (queries, keys, v.astype(dtype)))
-  kv, z = state.kv, state.z
-  if log_decay is not None:
-    g = log_decay.astype(dtype)
+  scale = 1.0 if scale is None else scale
+  token = Token(queries, keys, v, log_decay, state.kv, state.z, scale, normalize)
+  out, kv, z = STEPS[choose(implementation, STEPS, token)].run(token)
+  return DecodeState(kv, z, state.position + 1), out.astype(v.dtype)
+
+
+def _plain_step(x: Token) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(output, kv, z), in the dtype of the state."""
+  (kv, z), dtype = (x.kv, x.z), x.kv.dtype
+  q, k, v = (spread(array.astype(dtype), kv.shape[1], 1) for array in (x.q, x.k, x.v))
+  if x.g is not None:
+    g = x.g.astype(dtype)
     fade = jnp.exp(g[None, :, None] if g.ndim == 1 else g[..., None] if g.ndim == 2 else g)
     kv, z = kv * fade[..., None], z * fade
-  kv = kv + keys[..., :, None] * values[..., None, :]
-  out = jnp.einsum("bnm,bnmh->bnh", queries, kv, precision=lax.Precision.HIGHEST)
-  if normalize:
-    z = z + keys
-    out = divide(
-      out, jnp.einsum("bnm,bnm->bn", queries, z, precision=lax.Precision.HIGHEST)[..., None]
-    )
-  else:
-    out = out * (1.0 if scale is None else scale)
-  return DecodeState(kv, z, state.position + 1), out.astype(v.dtype)
+  kv = kv + k[..., :, None] * v[..., None, :]
+  out = jnp.einsum("bnm,bnmh->bnh", q, kv, precision=lax.Precision.HIGHEST)
+  if not x.normalize:
+    return out * x.scale, kv, z
+  z = z + k
+  weight = jnp.einsum("bnm,bnm->bn", q, z, precision=lax.Precision.HIGHEST)
+  return divide(out, weight[..., None]), kv, z
+
+
+def _step_kernel(chip: str) -> Implementation:
+  return Implementation(
+    run=functools.partial(linear_kernels.step, chip),
+    unsupported=functools.partial(linear_kernels.step_unsupported, chip),
+  )
+
+
+STEPS = {
+  "xla": Implementation(run=_plain_step, unsupported=lambda token: None),
+  "hopper": _step_kernel("hopper"),
+  "tpu": _step_kernel("tpu"),
+}
+"""Every way to compute `step`."""
 
 
 def cost(

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 import kit
 import linear_kit
 from attention import chips, explain, linear_attention, linear_kernels
 from attention.ops import linear
+from pallas_kernels import linear_hopper
 from pallas_kernels.linear import FORGET, State
 
 B, T, N, K, H, h = 2, 21, 4, 2, 6, 5
@@ -149,3 +152,56 @@ def test_no_cpu_kernel():
 def test_forgetting_is_exact():
   """What `FORGET` promises, on this chip."""
   assert np.exp(np.float32(FORGET)) == 0 == float(jnp.exp(jnp.float32(FORGET)))
+
+
+REAL = {
+  "hopper": (
+    chips.Chip("gpu", "NVIDIA H200"),
+    lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+  ),
+  "tpu": (
+    chips.Chip("tpu", "TPU v5 lite"),
+    lambda: pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_chips_own_kernels_run_in_the_op(name, monkeypatch):
+  """Documents, padding and decays per channel, and then a token; against the recurrence."""
+  here, interpreter = REAL[name]
+  monkeypatch.setattr(chips, "current", lambda: here)
+  for function in ("forward", "backward"):
+    run = functools.partial(getattr(linear_hopper, function), on_chip=False)
+    monkeypatch.setattr(linear_hopper, function, run)
+  dtype = "bfloat16" if name == "hopper" else "float32"
+  make = kit.keys(3)
+  q, k, v = (jax.random.normal(next(make), (1, 70, heads, 32)).astype(dtype) for heads in (2, 1, 2))
+  g = -jnp.exp(2 * jax.random.normal(next(make), (1, 70, 2, 32)) - 3)
+  ids, lengths = jnp.arange(70)[None] // 23, jnp.array([67])
+
+  def loss(implementation, q, k, v, g):
+    out, state = linear_attention(
+      q, k, v, log_decay=g, segment_ids=ids, lengths=lengths, return_state=True,
+      implementation=implementation,
+    )  # fmt: skip
+    back = [jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(g.dtype) for x in (out, state.kv)]
+    return jnp.vdot(back[0], out.astype(g.dtype)) + jnp.vdot(back[1], state.kv), (out, state.kv)
+
+  def results(implementation, *given):
+    run = jax.value_and_grad(functools.partial(loss, implementation), (0, 1, 2, 3), has_aux=True)
+    (_, found), gradients = jax.jit(run)(*given)
+    return found, gradients
+
+  with kit.double():
+    want = jax.tree.map(np.asarray, results("reference", *kit.to_double((q, k, v, g))))
+  with interpreter():
+    kit.assert_trees_close(results(name, q, k, v, g), want, dtype, factor=2)  # g: sums that cancel
+
+    state = linear.init_state(
+      1, num_heads=2, num_kv_heads=1, head_dim=32, value_dim=32, max_length=1
+    )._replace(kv=jax.random.normal(next(make), (1, 2, 32, 32)))
+    token = [x[:, 0] for x in (q, k, v)]
+    stepped = linear.step(state, *token, log_decay=g[:, 0], implementation=name)
+  expected = linear.step(state, *token, log_decay=g[:, 0])
+  kit.assert_trees_close(stepped, expected, dtype)
