@@ -98,8 +98,8 @@ class Problem(NamedTuple):
     """What it is differentiated by, and the gradients that come back, by name."""
     c, make = self.case, kit.keys(3)
     q, k, v = c.inputs()
-    d_out = jax.random.normal(next(make), (c.B, c.T, c.N, c.h)).astype(c.dtype)
-    d_lse = jax.random.normal(next(make), (c.B, c.N, c.T))
+    d_out = kit.normal(next(make), c.B, c.T, c.N, c.h).astype(c.dtype)
+    d_lse = kit.normal(next(make), c.B, c.N, c.T)
     modifiers = {"bias": self.bias, "alibi_slopes": self.alibi_slopes, "sinks": self.sinks}
     modifiers = {name: x for name, x in modifiers.items() if x is not None}
     q = q * jnp.asarray(self.logits, q.dtype)

@@ -145,8 +145,8 @@ def expected(call: Call, q, k, v, d_out, d_lse):
 def cotangents(q, v):
   """Of the output and of the log-sum-exp."""
   make = kit.keys(7)
-  d_out = jax.random.normal(next(make), (*q.shape[:3], v.shape[-1])).astype(v.dtype)
-  return d_out, jax.random.normal(next(make), (q.shape[0], q.shape[2], q.shape[1]))
+  d_out = kit.normal(next(make), *q.shape[:3], v.shape[-1]).astype(v.dtype)
+  return d_out, kit.normal(next(make), q.shape[0], q.shape[2], q.shape[1])
 
 
 def check(call: Call):

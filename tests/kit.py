@@ -3,7 +3,9 @@ float64.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -86,6 +88,37 @@ def keys(seed: int = 0) -> Iterator[jax.Array]:
     yield one
 
 
+def normal(key: jax.Array, *shape: int, dtype: str = "float32") -> jax.Array:
+  """`jax.random.normal`, number for number, and no program compiled for each shape.
+
+  Threefry's numbers depend on their index alone, so a short draw is the beginning of a long one;
+  NumPy cuts, shapes and rounds it.
+  """
+  size = math.prod(shape)
+  drawn = jax.random.normal(key, (max(4096, 1 << (size - 1).bit_length()),), jnp.float32)
+  return jax.device_put(np.asarray(drawn)[:size].reshape(shape).astype(jnp.dtype(dtype)))
+
+
+def compiled(function: Callable) -> Callable:
+  """`function` as one program, not an operation at a time; options without arrays are static."""
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(static, arrays, traced):
+    return function(*arrays, **traced, **dict(static))
+
+  @functools.wraps(function)
+  def call(*arrays, **options):
+    traced = {
+      name: x
+      for name, x in options.items()
+      if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(x))
+    }
+    static = tuple((name, x) for name, x in options.items() if name not in traced)
+    return run(static, arrays, traced)
+
+  return call
+
+
 class Case(NamedTuple):
   """The shapes of one attention call."""
 
@@ -103,9 +136,9 @@ class Case(NamedTuple):
 
   def inputs(self, seed: int = 0, dtype: str | None = None):
     """q, k, v of this case."""
-    make, dtype = keys(seed), jnp.dtype(dtype or self.dtype)
+    make, dtype = keys(seed), dtype or self.dtype
     shapes = ((self.T, self.N, self.H), (self.S, self.K, self.H), (self.S, self.K, self.h))
-    return tuple(jax.random.normal(next(make), (self.B, *s)).astype(dtype) for s in shapes)
+    return tuple(normal(next(make), self.B, *shape, dtype=dtype) for shape in shapes)
 
 
 @contextlib.contextmanager
@@ -126,7 +159,7 @@ def to_double(tree):
   """Floating leaves as float64 (inside `double`)."""
   return jax.tree.map(
     lambda x: (
-      jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+      jax.device_put(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else x
     ),
     tree,
   )

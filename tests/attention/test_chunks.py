@@ -44,7 +44,7 @@ def test_sums_are_exact(name):
 def test_scores_per_channel_and_their_gradients(name):
   g = DECAYS[name]
   make = kit.keys()
-  q, k = (jax.random.normal(next(make), (C, 3)) for _ in range(2))
+  q, k = (kit.normal(next(make), C, 3) for _ in range(2))
   weights = np.exp(_between(g))
   expected = np.einsum("im,jm,ijm->ij", *(np.asarray(x, np.float64) for x in (q, k)), weights)
   kit.assert_close("scores", chunks.decayed_scores(q, k, jnp.asarray(g, jnp.float32)), expected)

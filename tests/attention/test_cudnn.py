@@ -60,7 +60,7 @@ def test_it_refuses_widths_and_dtypes():
 
 def test_masks_become_the_arguments_that_mean_the_same():
   """jax.nn with these arguments, dense, is our mask: the window looks at no future."""
-  make = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+  make = lambda *shape: kit.normal(jax.random.key(0), *shape)
   q, k, v = make(2, 12, 4, 8), make(2, 12, 2, 8), make(2, 12, 2, 8)
   for mask in (causal(), sliding_window(3), causal() & lengths(ROWS, ROWS), lengths(key=ROWS)):
     known = cudnn._known(mask)

@@ -13,7 +13,7 @@ NAMES = ("identity", "elu_plus_one", "relu", "taylor", "cosformer", "hedgehog", 
 
 
 def vectors(seed, T=6, N=2, H=8):
-  return jax.random.normal(jax.random.key(seed), (2, T, N, H))
+  return kit.normal(jax.random.key(seed), 2, T, N, H)
 
 
 def scores(phi, q, k):

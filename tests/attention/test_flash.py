@@ -48,7 +48,7 @@ def test_everything_at_once(chip):
   q, k, v = case.inputs()
   make = kit.keys(5)
   extra = {
-    "sinks": jax.random.normal(next(make), (4,)),
+    "sinks": kit.normal(next(make), 4),
     "alibi_slopes": jax.random.uniform(next(make), (4,)),
   }
   ids = jnp.asarray(np.arange(90) // 37, jnp.int32)[None]

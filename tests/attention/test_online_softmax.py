@@ -30,7 +30,7 @@ def _parts(scores, v, cuts):
 @pytest.mark.parametrize("cuts", [(), (1,), (3, 7, 8)])
 def test_parts_give_the_whole(size, cuts):
   make = kit.keys()
-  scores, v = jax.random.normal(next(make), (5, 11)) * size, jax.random.normal(next(make), (11, 3))
+  scores, v = kit.normal(next(make), 5, 11) * size, kit.normal(next(make), 11, 3)
   out, lse = _parts(scores, v, cuts)
   expected = _whole(scores, v)
   kit.assert_close("out", out, expected[0])
@@ -47,9 +47,9 @@ def test_empty_rows_and_empty_parts():
 
 def test_merge_of_halves_is_the_whole():
   make = kit.keys()
-  scores = jax.random.normal(next(make), (6, 10)) * 30
+  scores = kit.normal(next(make), 6, 10) * 30
   scores = scores.at[0, :5].set(-jnp.inf).at[1, 5:].set(-jnp.inf).at[2].set(-jnp.inf)
-  v = jax.random.normal(next(make), (10, 3))
+  v = kit.normal(next(make), 10, 3)
   halves = [_parts(scores[:, i], v[i], ()) for i in (slice(0, 5), slice(5, 10))]
   out, lse = online_softmax.merge(*halves)
   expected = _whole(scores, v)

@@ -1,6 +1,5 @@
 """Rotary positions: only distances matter, lengths stay, the table is the paper's."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +9,7 @@ from attention import rotary
 
 def test_products_depend_on_distance_only():
   make = kit.keys()
-  q, k = (jax.random.normal(next(make), (1, 1, 1, 16)) for _ in range(2))
+  q, k = (kit.normal(next(make), 1, 1, 1, 16) for _ in range(2))
 
   def product(t, s):
     at = lambda x, p: rotary(x, jnp.array([[p]], jnp.int32))

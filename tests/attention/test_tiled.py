@@ -150,7 +150,7 @@ def test_rows_one_by_one_equal_rows_together(monkeypatch):
   q, k, v = kit.Case(B=3, T=40, S=40).inputs()
   make = kit.keys(7)
   for bias_rows in (1, 3):
-    bias = jax.random.normal(next(make), (bias_rows, 4, 40, 40))
+    bias = kit.normal(next(make), bias_rows, 4, 40, 40)
     slopes = jnp.array([0.1, 0.2, 0.3, 0.4])
 
     def gradients(q, k, v, bias, slopes):

@@ -61,7 +61,7 @@ def _slice(tree, index):
 def test_forward_and_gradients_equal_the_reference(spec, T):
   case = _case(spec, T=T, S=T, N=4, K=2, H=8, h=12)
   q, k, v, extra = _inputs(spec, case)
-  weights = jax.random.normal(jax.random.key(3), (case.B, T, case.N, case.h))
+  weights = kit.normal(jax.random.key(3), case.B, T, case.N, case.h)
 
   def loss(attend, q, k, v, extra):
     out = attend(q, k, v, **extra)

@@ -15,7 +15,7 @@ from pallas_kernels.flash import Extras, Visits
 
 
 def _normal(*shape):
-  return jax.random.normal(jax.random.key(3), shape)
+  return kit.normal(jax.random.key(3), *shape)
 
 
 BIASED = {

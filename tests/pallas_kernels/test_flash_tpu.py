@@ -30,7 +30,7 @@ check = functools.partial(flash_kit.check, flash_tpu)
 
 
 def normal(*shape, seed=0):
-  return jax.random.normal(jax.random.key(seed), shape)
+  return kit.normal(jax.random.key(seed), *shape)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

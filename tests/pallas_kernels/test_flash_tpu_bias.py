@@ -14,7 +14,7 @@ from pallas_kernels import flash_tpu
 def test_every_form(form, monkeypatch):
   """What the bias lacks is summed, whatever it lacks."""
   case = kit.Case(B=2, T=160, S=200, N=2, K=1, H=16, h=16)
-  bias = jax.random.normal(jax.random.key(1), form)
+  bias = kit.normal(jax.random.key(1), *form)
   with flash_kit.tpu_interpreter(monkeypatch):
     # A sum over keys of dS is what is left of terms that cancel.
     flash_kit.check(

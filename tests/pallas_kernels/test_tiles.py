@@ -18,7 +18,7 @@ def _natural(product, bias, slope, distance, scale, cap):
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_scores_and_their_gradient(cap):
   make = kit.keys()
-  product, bias, ds = (jax.random.normal(next(make), (24, 40)) * 5 for _ in range(3))
+  product, bias, ds = (kit.normal(next(make), 24, 40) * 5 for _ in range(3))
   q_idx, k_idx = (jax.lax.broadcasted_iota(jnp.int32, (24, 40), axis) for axis in (0, 1))
   distance, slope = tiles.distance(q_idx, k_idx), jnp.float32(0.3)
   score2, tanh = tiles.scores(
@@ -32,7 +32,7 @@ def test_scores_and_their_gradient(cap):
 
 def test_a_probability_times_its_rise_is_the_softmax_gradient():
   make = kit.keys(1)
-  s, dp = (jax.random.normal(next(make), (5, 9)) for _ in range(2))
+  s, dp = (kit.normal(next(make), 5, 9) for _ in range(2))
   p, pull = jax.vjp(jax.nn.softmax, s)
   kit.assert_close("ds", tiles.d_scores(p, dp, (p * dp).sum(-1, keepdims=True)), pull(dp)[0])
 

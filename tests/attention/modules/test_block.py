@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax import P
 
+import kit
 from attention.modules.block import Block, dropout
 from attention.modules.config import DecoderConfig
 from attention.variants import parse
@@ -15,7 +16,7 @@ from attention.variants import parse
 def test_two_residuals():
   config = DecoderConfig(vocab_size=8, width=12, num_heads=2)
   block = Block(config, parse("linear")[0], rngs=nnx.Rngs(0))
-  x = jax.random.normal(jax.random.key(1), (2, 5, 12))
+  x = kit.normal(jax.random.key(1), 2, 5, 12)
   mixed = x + block.mixer(block.mixer_norm(x))
   np.testing.assert_array_equal(block(x), mixed + block.mlp(block.mlp_norm(mixed)))
   np.testing.assert_array_equal(block(x, dropout_key=jax.random.key(0)), block(x))  # rate 0
@@ -46,6 +47,6 @@ def test_dropout_does_not_depend_on_the_mesh():
 def test_a_block_drops_both_branches():
   config = DecoderConfig(vocab_size=8, width=12, num_heads=2, dropout=0.9)
   block = Block(config, parse("linear")[0], rngs=nnx.Rngs(0))
-  x = jax.random.normal(jax.random.key(1), (2, 50, 12))
+  x = kit.normal(jax.random.key(1), 2, 50, 12)
   kept = block(x, dropout_key=jax.random.key(0)) == x  # both branches dropped: 0.81 of them
   assert 0.75 < float(kept.mean()) < 0.87

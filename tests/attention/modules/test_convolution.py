@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kit
 from attention.modules.convolution import ShortConvolution, causal_convolution, prefill
 
 
@@ -27,7 +28,7 @@ def oracle(x, weight, segment_ids=None):
 
 def draw(T, W, seed=0):
   keys = jax.random.split(jax.random.key(seed), 2)
-  return jax.random.normal(keys[0], (3, T, 2, 4)), jax.random.normal(keys[1], (2, W, 4))
+  return kit.normal(keys[0], 3, T, 2, 4), kit.normal(keys[1], 2, W, 4)
 
 
 @pytest.mark.parametrize("T", [1, 3, 11])
@@ -49,7 +50,7 @@ def test_gradients():
   x, weight = draw(9, 4)
   dx, dweight = draw(9, 4, seed=1)
   ids = jnp.array([[0] * 9, [0, 0, 1, 1, 1, 2, 2, 2, 3], [7] * 9])
-  cotangent = jax.random.normal(jax.random.key(2), x.shape)
+  cotangent = kit.normal(jax.random.key(2), *x.shape)
   loss = lambda x, weight: (cotangent * causal_convolution(x, weight, segment_ids=ids)).sum()
   got = jax.grad(loss, (0, 1))(x, weight)
   c = f64(cotangent)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kit
 from attention.modules import mechanism
 from attention.modules.convolution import causal_convolution
 from attention.positions import rotary
@@ -36,8 +37,8 @@ class Recorder:
 
 def draw(T=6):
   keys = jax.random.split(jax.random.key(0), 6)
-  q, k, v = (jax.random.normal(key, (2, T, 2, 4)) for key in keys[:3])
-  return q, k, v, tuple(jax.random.normal(key, (2, 3, 4)) for key in keys[3:])
+  q, k, v = (kit.normal(key, 2, T, 2, 4) for key in keys[:3])
+  return q, k, v, tuple(kit.normal(key, 2, 3, 4) for key in keys[3:])
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import kit
 from attention.modules.config import DecoderConfig
 from attention.modules.mixer import Attention
 from attention.variants import parse
@@ -44,7 +45,7 @@ def oracle(mixer, x, segment_ids, positions):
 
 def test_softmax_attention_from_scratch():
   mixer = Attention(CONFIG, parse("softmax")[0], rngs=nnx.Rngs(0))
-  x = 2 * jax.random.normal(jax.random.key(1), (2, 9, 12))
+  x = 2 * kit.normal(jax.random.key(1), 2, 9, 12)
   ids = np.array([[0] * 9, [3, 3, 1, 1, 1, 1, 2, 2, 2]])
   positions = np.array([np.arange(9), [0, 1, 0, 1, 2, 3, 0, 1, 2]])
   want = np.stack([oracle(mixer, *row) for row in zip(x, ids, positions, strict=True)])
@@ -61,6 +62,6 @@ def test_convolutions_are_where_the_formula_says():
   delayed = nnx.clone(plain)
   for conv in delayed.convolutions:
     conv.weight[...] = jnp.zeros_like(conv.weight[...]).at[:, 1].set(1.0)
-  x = jax.random.normal(jax.random.key(1), (1, 7, 12))
+  x = kit.normal(jax.random.key(1), 1, 7, 12)
   shifted = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
   np.testing.assert_allclose(jax.jit(delayed)(x), jax.jit(plain)(shifted), atol=1e-6)

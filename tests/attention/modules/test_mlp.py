@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+import kit
 from attention.modules.config import DecoderConfig
 from attention.modules.mlp import GatedMLP
 
@@ -15,7 +16,7 @@ def f64(x) -> np.ndarray:
 def test_formula():
   config = DecoderConfig(vocab_size=8, width=12, num_heads=2, mlp_width=20, num_layers=2)
   mlp = GatedMLP(config, rngs=nnx.Rngs(0))
-  x = 3 * jax.random.normal(jax.random.key(1), (2, 5, 12))
+  x = 3 * kit.normal(jax.random.key(1), 2, 5, 12)
   gate, up, down = (f64(p.kernel[...]) for p in (mlp.gate, mlp.up, mlp.down))
   gated = f64(x) @ gate
   want = (gated / (1 + np.exp(-gated)) * (f64(x) @ up)) @ down

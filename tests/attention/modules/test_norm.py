@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kit
 from attention.modules.norm import RMSNorm
 
 
@@ -16,7 +17,7 @@ def test_formula_on_any_rank_and_size():
   norm = RMSNorm(6)
   norm.scale[...] = jnp.linspace(-1.0, 2.0, 6)
   for shape, size in [((6,), 1.0), ((3, 6), 1e-3), ((2, 5, 4, 6), 1e4)]:
-    x = size * jax.random.normal(jax.random.key(0), shape)
+    x = size * kit.normal(jax.random.key(0), *shape)
     np.testing.assert_allclose(norm(x), oracle(x, norm.scale[...]), rtol=2e-6)
 
 
@@ -28,7 +29,7 @@ def test_over_several_axes_it_is_over_all_their_elements():
 
 
 def test_bfloat16_keeps_its_dtype_and_float32_statistics():
-  x = (300 * jax.random.normal(jax.random.key(1), (4, 512))).astype(jnp.bfloat16)
+  x = (300 * kit.normal(jax.random.key(1), 4, 512)).astype(jnp.bfloat16)
   out = RMSNorm(512)(x)
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(

@@ -7,6 +7,7 @@ import pytest
 from jax import P
 from jax.sharding import AxisType
 
+import kit
 from attention.modules import sharding
 
 
@@ -61,7 +62,7 @@ def test_the_boundary_gives_whole_sequences_of_some_heads():
     shapes.append(x.shape)
     return jnp.flip(jnp.cumsum(x, axis=1), 1) * ids[:, :, None]
 
-  x, ids = jax.random.normal(jax.random.key(0), (4, 8, 4)), jnp.arange(32.0).reshape(4, 8)
+  x, ids = kit.normal(jax.random.key(0), 4, 8, 4), jnp.arange(32.0).reshape(4, 8)
   loss = lambda x, ids, *specs: jnp.sin(sharding.boundary(mix, (x, ids), specs[:2], specs[2])).sum()
   want, wanted = jax.value_and_grad(loss, (0, 1))(x, ids, None, None, None)
   with jax.set_mesh(mesh(data=2, tensor=2, sequence=2)):

@@ -14,15 +14,15 @@ from attention.ops import linear
 from attention.ops.linear import State
 
 # Both return an array or a pair, as they are asked; and some tests call them wrongly.
-linear_attention: Any = linear.linear_attention
-reference: Any = linear.reference
+linear_attention: Any = kit.compiled(linear.linear_attention)
+reference: Any = kit.compiled(linear.reference)
 
 B, N, K, H, h = 2, 4, 2, 8, 5
 DECAYS = ("none", "head", "token", "channel")
 
 
 def normal(key, *shape):
-  return jax.random.normal(key, shape, jnp.float32)
+  return kit.normal(key, *shape)
 
 
 def tokens(T, seed=0):
@@ -37,7 +37,11 @@ def tokens(T, seed=0):
 def decay(kind, T, seed=1) -> Any:
   """None, or minus the exponential of a wide normal: from about -10 to about -0.01."""
   shape = {"head": (N,), "token": (B, T, N), "channel": (B, T, N, H)}.get(kind)
-  return None if shape is None else -jnp.exp(2 * normal(jax.random.key(seed), *shape) - 2)
+  return (
+    None
+    if shape is None
+    else jax.device_put(-np.exp(2 * np.asarray(normal(jax.random.key(seed), *shape)) - 2))
+  )
 
 
 def some_state(seed=2):

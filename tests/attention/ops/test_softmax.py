@@ -36,9 +36,9 @@ CASES = [
 def _modifiers(case):
   make = kit.keys(1)
   return {
-    "bias": jax.random.normal(next(make), (case.B, 1, case.T, case.S)),
+    "bias": kit.normal(next(make), case.B, 1, case.T, case.S),
     "alibi_slopes": jax.random.uniform(next(make), (case.N,)),
-    "sinks": jax.random.normal(next(make), (case.N,)),
+    "sinks": kit.normal(next(make), case.N),
     "logit_cap": 2.0,
   }
 
@@ -80,7 +80,7 @@ def test_gradients_by_name(case, implementation):
   q, k, v = case.inputs()
   extra = _modifiers(case)
   cap = extra.pop("logit_cap")
-  weights = jax.random.normal(jax.random.key(5), (case.B, case.T, case.N, case.h))
+  weights = kit.normal(jax.random.key(5), case.B, case.T, case.N, case.h)
 
   def loss(implementation, arrays):
     out, lse = dot_product_attention(
@@ -140,7 +140,7 @@ def test_bfloat16(implementation):
 def _jax_nn_calls():
   case = kit.Case(T=24, S=24)
   make = kit.keys(3)
-  bias = jax.random.normal(next(make), (1, 4, 24, 24))
+  bias = kit.normal(next(make), 1, 4, 24, 24)
   mask = jax.random.bernoulli(next(make), 0.7, (2, 1, 24, 24)).at[..., 0].set(True)
   return case.inputs(), {
     "plain": {},
