@@ -1,4 +1,32 @@
-"""Linear attention on a TPU."""
+"""Linear attention on a TPU.
+
+A grid of (batch row, heads, chunk of 128 tokens in order); a step works on up to eight heads at
+once, four with decays per channel or heads wider than 128, whose chains of products and
+exponentials fill each other's waits. Heads that share one of q, k or v share its block. Per chunk
+and head:
+
+    P = (Q K^T) exp(decays between)         matrix unit, then vector unit; 0 above the diagonal
+    out = P V + (Q exp(read)) S             matrix unit
+    weight = rows of P + (Q exp(read)) . z  vector unit, only if normalized
+    S = fade S + (K exp(write))^T V         float32, kept transposed, `h M`, so that a fading per
+    z = fade z + sum of K exp(write)        channel is a row; it lives in the outgoing state's block
+
+Decays per token come as two running floats and what follows a token (`linear_tpu_tiles`), so that
+no digit is lost; decays per channel become P in `linear_tpu_channel`. None and per head are per
+token. Operands of products are q's dtype, everything else float32. Arrays are read as `B T
+heads*width`, width in whole columns of 128; a shorter width or last chunk is padded with zeros.
+
+The floor is memory: q, k, v and the output once, 132 KiB per chunk and head of 128 in bfloat16, 196
+with decays per channel. Cycles that a TPU's memory needs for that at its published bandwidth, and
+bundles of the compiler's schedule per chunk and head, stalls not counted:
+
+|            | v5e, memory | v5e, bundles | v6e, memory | v6e, bundles |
+|------------|-------------|--------------|-------------|--------------|
+| token      | 249         | 281          | 145         | 280          |
+| channel    | 368         | 686          | 215         | 682          |
+
+Backward: `linear_tpu_backward`. One token: `linear_tpu_step`.
+"""
 
 import functools
 
@@ -16,7 +44,7 @@ from pallas_kernels.linear_tpu_tiles import CHUNK, Shape, heads, product
 
 __all__ = ["backward", "forward", "step", "unsupported"]
 
-_HEADS = 4
+_HEADS = 8
 """At most so many heads a step."""
 
 
@@ -33,7 +61,7 @@ def forward(
   q: Array, k: Array, v: Array, g: Array | None, state: State, settings: Settings
 ) -> tuple[Array, Array | None, State]:
   """(out, weight, state)."""
-  shape = linear_tpu_tiles.shape(q, k, v, _HEADS)
+  shape = linear_tpu_tiles.shape(q, k, v, g, _HEADS)
   inputs, specs = linear_tpu_tiles.operands(shape, (q, k, v), g)
   ends = [shape.head(shape.h, shape.M), shape.head(1, shape.M)]
   kv, z = linear_tpu_tiles.entering(state)

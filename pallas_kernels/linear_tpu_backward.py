@@ -1,4 +1,29 @@
-"""Linear attention on a TPU: the backward pass."""
+"""Linear attention on a TPU: the backward pass, two walks over the chunks.
+
+The first, along time, needs k, v and the decays alone and writes the state that enters every chunk,
+in q's dtype, as products read it. The second goes from the last chunk to the first, carries the
+gradient dS of the state that leaves, and makes every gradient of its chunk (D is d_out with its
+rows scaled, ' is with the decays put in, as in `linear_tpu`):
+
+    dP = D V^T + dweight        dQ' = D S^T + dweight z     dK' = V dS^T + dz
+    dV = P^T D + K' dS          dfade = sum over h of S dS + z dz
+    dS = fade dS + Q'^T D       dz = fade dz + sum of dweight Q'
+
+dq, dk and the gradient of the decays follow from dQ', dK', dP and dfade by JAX's own derivative of
+how decays are put in, taken while the kernel is traced. For decays per token the kernel leaves sums
+of W = dP P over rows and columns, of what was read and written, and of dfade; XLA adds them up
+along time. Everything that may cancel is float32. Up to four heads a step, two with decays per
+channel or wider heads.
+
+The floor is memory: 365 KiB per chunk and head of 128 in bfloat16 (both walks, and the states there
+and back), 553 with decays per channel. Cycles for that, and bundles of both walks per chunk and
+head, as in `linear_tpu`:
+
+|            | v5e, memory | v5e, bundles | v6e, memory | v6e, bundles |
+|------------|-------------|--------------|-------------|--------------|
+| token      | 685         | 1234         | 399         | 1003         |
+| channel    | 1037        | 2430         | 604         | 2256         |
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -25,7 +50,7 @@ from pallas_kernels.linear_tpu_tiles import (
   product,
 )
 
-_HEADS = 2
+_HEADS = 4
 """At most so many heads a step."""
 
 _ROW, _READ, _COLUMN, _WRITE, _TOTAL = range(5)
@@ -44,7 +69,7 @@ def backward(
   settings: Settings,
 ) -> tuple[Array, Array, Array, Array | None, State]:
   """(dq, dk, dv, dg, d_state)."""
-  shape = linear_tpu_tiles.shape(q, k, v, _HEADS)
+  shape = linear_tpu_tiles.shape(q, k, v, g, _HEADS)
   per_channel = g is not None and g.ndim == 4
   scale, d_weight = settings.scale, 0.0
   if normalized is not None:

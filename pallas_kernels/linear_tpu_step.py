@@ -1,7 +1,7 @@
 """Linear attention on a TPU: one token.
 
-A grid of (batch row, eight heads), all in float32 on the vector unit: S = exp(g) S + k v^T and
-q S, a sum over rows. A column is needed of k, q and exp(g), so the eight heads' rows are turned
+A grid of (batch row, up to eight heads), all in float32 on the vector unit: S = exp(g) S + k v^T
+and q S, a sum over rows. A column is needed of k, q and exp(g), so the heads' rows are turned
 at once. The state is updated where it lies. The floor is memory, the state there and back: 64 KiB
 a head of 128 x 128 each way, 0.16 us on a TPU v5e.
 """

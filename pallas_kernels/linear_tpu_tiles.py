@@ -105,13 +105,14 @@ class Shape(NamedTuple):
     return [vmem(self.h, self.M), vmem(1, self.M)]
 
 
-def shape(q: Array, k: Array, v: Array, most: int) -> Shape:
-  """Of a call, with at most so many heads a step."""
+def shape(q: Array, k: Array, v: Array, g: Array | None, most: int) -> Shape:
+  """Of a call, with at most so many heads a step, or half as many where one alone is much work."""
   N = max(q.shape[2], v.shape[2])
   ratios = (N // q.shape[2], N // k.shape[2], N // v.shape[2])
   whole = lambda x: -(-x // LANES) * LANES
   fits = lambda n: N % n == 0 and all(n % r == 0 or r % n == 0 for r in ratios)
-  step = max(n for n in range(1, most + 1) if fits(n))
+  heavy = g is not None and g.ndim == 4 or max(q.shape[3], v.shape[3]) > LANES
+  step = max(n for n in range(1, (most // 2 if heavy else most) + 1) if fits(n))
   chunks = -(-q.shape[1] // CHUNK)
   return Shape(q.shape[0], N, chunks, whole(q.shape[3]), whole(v.shape[3]), ratios, step)
 

@@ -51,7 +51,7 @@ def test_products_have_their_gradients(contract):
 def test_a_step_reads_the_heads_that_its_own_share(heads, step, blocks):
   """Every head of a step finds its own in the block of each array."""
   q, k, v = (jax.ShapeDtypeStruct((1, 200, n, 64), jnp.float32) for n in heads)
-  shape = tiles.shape(q, k, v, 4)
+  shape = tiles.shape(q, k, v, None, 4)
   assert (shape.step, shape.chunks, shape.M) == (step, 2, 128)
   for ratio, block in zip(shape.ratios, blocks, strict=True):
     spec = shape.tokens(128, ratio)
