@@ -22,7 +22,9 @@ def _problem(**fields):
 PROBLEMS = {
   "token, grouped, harsh": _problem(T=150, Nq=2, M=40, h=144, scale=0.3, harsh=True),
   "token, normalized, documents": _problem(T=140, B=2, normalize=True, document=50, harsh=True),
-  "head, bfloat16": _problem(T=130, Kv=2, M=64, h=128, decay="head", scale=0.5, dtype="bfloat16"),
+  "head, bfloat16, many heads": _problem(
+    T=130, Nq=8, K=2, Kv=8, M=64, h=48, decay="head", scale=0.5, dtype="bfloat16"
+  ),
   "none, normalized, one token": _problem(T=1, decay="none", normalize=True),
   "channel, normalized, documents": _problem(
     T=140, decay="channel", normalize=True, document=50, harsh=True
@@ -40,7 +42,7 @@ LOWERED = PROBLEMS | {
 
 
 def _interpreter():
-  return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+  return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
