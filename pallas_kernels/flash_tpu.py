@@ -189,13 +189,13 @@ def _kernel(words_ref, *refs, call: _Call):
 
   @pl.when(flash_tpu_tiles.flag(word, "last"))
   def finish():
-    l = jnp.broadcast_to(l_ref[...].sum(-1, keepdims=True), l_ref.shape)
-    empty = l == 0.0
-    l = jnp.where(empty, 1.0, l)
-    lse = jnp.where(empty, -jnp.inf, m_ref[...] * tiles.LN_2 + jnp.log(l))
-    share = 1.0 / (l * (1.0 - call.settings.dropout_rate))
-    out_ref[...] = (acc_ref[...] * across(share, acc_ref.shape[1])).astype(out_ref.dtype)
-    lse_ref[...] = lse.T[:1]
+    l = l_ref[...].sum(-1, keepdims=True)
+    # The greatest score adds 1 to l, so only a row that has seen nothing, whose sum is 0, has less.
+    share = 1.0 / (jnp.maximum(l, 0.5) * (1.0 - call.settings.dropout_rate))
+    out_ref[...] = (acc_ref[...] * share).astype(out_ref.dtype)
+    l = flash_tpu_tiles.row(jnp.broadcast_to(l, l_ref.shape))
+    lse = flash_tpu_tiles.row(m_ref[...]) * tiles.LN_2 + jnp.log(jnp.maximum(l, 0.5))
+    lse_ref[...] = jnp.where(l == 0.0, -jnp.inf, lse)
 
 
 def _products(inputs, tile: Tile) -> Array:

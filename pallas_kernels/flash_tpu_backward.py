@@ -57,7 +57,7 @@ class _Call(NamedTuple):
   def outputs(self, extras: Extras) -> list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
     """dq, whole in HBM; dk and dv, a block of keys at a time; with slopes, sums for theirs."""
     q, k, v = (self.operands[name].array for name in "qkv")
-    found = [(jax.ShapeDtypeStruct(q.shape, jnp.float32), pl.BlockSpec(memory_space=pl.ANY))]
+    found = [(jax.ShapeDtypeStruct(q.shape, jnp.float32), pl.BlockSpec(memory_space=pltpu.HBM))]
     index = lambda b, head, s, g, words_ref: (b, head, self.place(b, head, s, g, words_ref).j, 0)
     for x in (k, v):
       spec = pl.BlockSpec((None, None, self.block[1], x.shape[3]), index)

@@ -59,3 +59,10 @@ def test_a_part_divides_its_side():
   sides = (128, 256, 384, 512, 768, 1024, 4096)
   parts = [flash_tpu_tiles.part(side, 512) for side in sides]
   assert parts == [128, 256, 384, 512, 384, 512, 512]
+
+
+def test_a_row_is_the_transposed_column():
+  column = np.random.default_rng(0).normal(size=(384, 1)).astype(np.float32)
+  column[::7] = -np.inf
+  row = flash_tpu_tiles.row(jnp.broadcast_to(column, (384, flash_tpu_tiles.LANES)))
+  np.testing.assert_array_equal(row, column.T)
