@@ -86,7 +86,7 @@ def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
 def _most(width: int, dtype) -> tuple[tuple[int, int], ...]:
   """The usual largest blocks of each pass: they fit the vector memory of every chip."""
   large = 1024 if width <= 256 and dtype != jnp.float32 else 512
-  return (large, large), (512, 512), (large // 2, large)
+  return (large, large), (512, 512), (large, large)
 
 
 def _longer(T: int, S: int, most: tuple[int, int]) -> tuple[int, int]:

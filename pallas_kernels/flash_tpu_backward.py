@@ -1,8 +1,8 @@
 """Softmax attention on a TPU: the backward pass, all three gradients in one walk over the keys.
 
-A grid of (batch row, key head, step, query head of the key head): a step is a block of scores, 512
-queries by 1024 keys, held keys first, `k q`, so that log-sum-exp and delta are rows and four of the
-five products read their operands as they lie:
+A grid of (batch row, key head, step, query head of the key head): a step is a block of scores, 1024
+queries by 1024 keys, in two parts of 512 queries. Parts are held keys first, `k q`, so that
+log-sum-exp and delta are rows and four of the five products read their operands as they lie:
 
     S^T = K Q^T     P^T = 2^(S^T - lse)     dP^T = V dO^T     dS^T = P^T (dP^T - delta)
     dV += P^T dO    dK += dS^T Q            dQ += (dS^T)^T K
@@ -14,11 +14,17 @@ computes. Two steps in a row for the same queries add to what is still at hand; 
 never overlaps one that writes the same rows, because a step waits for the last one's before it
 sends its own. Nothing grows with T x S, and no order of sums depends on time.
 
-Two passes, one for dQ and one for dK and dV, would need no such traffic but seven products instead
-of five and every exponential twice. The compiler's schedule of a full step is 4567 cycles on a v5e,
-97% of them with every matrix unit busy, 2749 on a v6e, 2676 on a TPU7x, so seven products could not
-take less than 6200 on a v5e. The traffic, 512 KiB there and back in that time, is a quarter of what
-a v5e's memory moves.
+Those four stream a part's keys past squares of queries that the matrix unit holds, so a part has
+all keys of its block: with 512 of them twice as many squares would be loaded.
+
+Two passes, one for dQ and one for dK and dV, would need no traffic of dQ but seven products instead
+of five and every exponential twice. The traffic, 512 KiB there and as much back a step, is a fifth
+of what a v5e's or a v6e's memory moves in the time of the floor.
+
+The floor is the matrix unit: 10 x 1024 x 1024 x 128 flops are 10240 cycles of a v5e at its
+published rate; a v6e or TPU7x could do them in 2560 but needs 5120 with heads of 128. The
+compiler's schedule of a full step is 4430 bundles on a TPU7x, which is below that: no bundle counts
+what it waits.
 """
 
 import functools
@@ -34,6 +40,9 @@ from pallas_kernels.flash import Extras, Settings, Visits
 from pallas_kernels.flash_tpu_tiles import LANES, Operand, Place, Steps, Tile, dot
 
 Array = jax.Array
+
+_PART = (512, 1024)
+"""The largest part: queries, keys."""
 
 
 class _Call(NamedTuple):
@@ -115,7 +124,8 @@ def gradients(
   )
   shared = by_key.order.shape[1] == 1
   steps = flash_tpu_tiles.steps(by_key, 1 if shared else group)
-  call = _Call(settings, operands, steps, block, flash_tpu_tiles.parts(block), N, group)
+  part = flash_tpu_tiles.parts(block, _PART)
+  call = _Call(settings, operands, steps, block, part, N, group)
   outputs = call.outputs(extras)
   zeros = jnp.zeros(outputs[0][0].shape, jnp.float32)
   dq, dk, dv, *d_slopes = pl.pallas_call(
@@ -180,7 +190,7 @@ def _kernel(words_ref, *refs, call: _Call):
       d_slope = None if d_slopes_ref is None else d_slopes_ref.at[place.n - head * call.group]
       products = functools.partial(_products, inputs)
       accumulate = functools.partial(_accumulate, inputs, scratch, d_slope, masked)
-      flash_tpu_tiles.walk(call.block, call.part, make, products, accumulate)
+      flash_tpu_tiles.walk(call.block, call.part, make, products, accumulate, ahead=False)
 
   @pl.when(is_("full") | is_("mixed"))
   def write():

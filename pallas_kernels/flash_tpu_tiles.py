@@ -340,14 +340,16 @@ def part(side: int, most: int) -> int:
   return max(x for x in range(LANES, most + 1, LANES) if side % x == 0)
 
 
-def parts(block: tuple[int, int]) -> tuple[int, int]:
+def parts(block: tuple[int, int], most: tuple[int, int] = (512, 512)) -> tuple[int, int]:
   """The size of the parts of a block."""
-  return part(block[0], 512), part(block[1], 512)
+  return part(block[0], most[0]), part(block[1], most[1])
 
 
-def walk(block: tuple[int, int], size: tuple[int, int], make, products, use) -> None:
-  """`use(tile, products(tile))` for each part of a block, the next part's products asked for before
-  this one's are used: so the matrix unit works while the vector unit does.
+def walk(
+  block: tuple[int, int], size: tuple[int, int], make, products, use, *, ahead: bool = True
+) -> None:
+  """`use(tile, products(tile))` for each part of a block; `ahead`, the next part's products asked
+  for before this one's are used: so the matrix unit works while the vector unit does.
 
   All parts of `UNROLLED` are one piece of straight code; a larger block is a loop over such pieces.
   """
@@ -357,11 +359,15 @@ def walk(block: tuple[int, int], size: tuple[int, int], make, products, use) -> 
   def straight(at: tuple[Any, Any]) -> None:
     offsets = ((a, c) for a in range(0, piece[0], size[0]) for c in range(0, piece[1], size[1]))
     parts = [make((at[0] + a, at[1] + c)) for a, c in offsets]
+    if not ahead:
+      for this in parts:
+        use(this, products(this))
+      return
     product = products(parts[0])
     for this, following in zip(parts, [*parts[1:], None], strict=True):
-      ahead = None if following is None else products(following)
+      next_product = None if following is None else products(following)
       use(this, product)
-      product = ahead
+      product = next_product
 
   def body(n, _):
     a, c = lax.div(n, jnp.int32(counts[1])), lax.rem(n, jnp.int32(counts[1]))
