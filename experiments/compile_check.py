@@ -48,7 +48,7 @@ class Options:
   jobs: int = knob(0, "Processes at once; 0 is one per core.", "[0, 1024]")
   timeout: float = knob(600.0, "Seconds after which a compiler is given up.", "(0, 86400]")
   check: bool = knob(False, "Exit 1, naming each row of ours that breaks a rule.")
-  against: str = knob("", "Results whose peers set the time to beat, beside those compiled now.")
+  against: str = knob("", "Results whose peers set the time to beat, too; empty is the committed.")
   out: str = knob("", "Results, JSON; empty is experiments/results/compile_check.json.")
   compile: bool = knob(True, "False prints and judges what --out holds.")
 
@@ -243,6 +243,7 @@ def main(argv: Sequence[str]) -> int:
   with flags.blame_user():
     flags.check_bounds(options)
   path = pathlib.Path(options.out or RESULTS)
+  rivals = _read(pathlib.Path(options.against or RESULTS))["rows"]  # before it is written anew
   if options.compile:
     asked = plan(options)
     if not asked.jobs:
@@ -257,7 +258,6 @@ def main(argv: Sequence[str]) -> int:
   else:
     results = _read(path)
   print(tables(results))
-  rivals = _read(pathlib.Path(options.against))["rows"] if options.against else []
   wrong = rules.broken(results["rows"], rivals)
   absent = results["absent"].items()
   wrong += [f"nothing was compiled for {what}: {why}" for what, why in absent if what in aot.CHIPS]

@@ -209,6 +209,10 @@ def test_check_judges_what_a_file_holds(tmp_path, capsys):
   assert "nothing was compiled for v6e: no libtpu" in said and "tokamax" not in said
   out.write_text(json.dumps({"rows": [GOOD_TPU, PEER], "absent": {}}))
   assert compile_check.main([*arguments, "--check"]) == 0
+  out.write_text(json.dumps({"rows": [GOOD_TPU | {"predicted": 9e-3}], "absent": {}}))
+  assert compile_check.main([*arguments, "--check"]) == 1  # The committed table has its peers.
+  assert "predicted 9.000 ms, but jax-splash 1.080 ms" in capsys.readouterr().err
+  out.write_text(json.dumps({"rows": [GOOD_TPU, PEER], "absent": {}}))
   older = tmp_path / "older.json"
   older.write_text(json.dumps({"rows": [PEER | {"predicted": 9e-4}], "absent": {}}))
   assert compile_check.main([*arguments, "--check", f"--against={older}"]) == 1
