@@ -42,7 +42,8 @@ LOWERED = PROBLEMS | {
 
 
 def _interpreter():
-  return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  return pltpu.force_tpu_interpret_mode(params)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
