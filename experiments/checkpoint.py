@@ -64,7 +64,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._open.close()
+      with _quiet():  # what `wait` has raised it would log once more
+        self._open.close()
 
   @property
   def steps(self) -> list[int]:
