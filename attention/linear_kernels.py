@@ -19,14 +19,14 @@ from pallas_kernels import linear
 from pallas_kernels.linear import FORGET, Normalized, Settings
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
   """What is known before anything runs."""
 
   chip: str
   settings: Settings
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
   """Every array of a call, as a kernel reads it."""
 
   q: Array
@@ -50,13 +50,13 @@ def unsupported(chip: str, call: Call) -> str | None:
   """Why a call of `linear_attention` cannot run here, forward and backward, or None."""
   if reason := kernels.unsupported(chip, (call.q, call.k, call.v)):
     return reason
-  static, operands = _lowered(chip, call)
+  static, operands = lower(chip, call)
   return _kernel(chip).unsupported(*operands[:4], static.settings)
 
 
 def run(chip: str, call: Call) -> tuple[Array, chunk_scan.State]:
   """The output and the state of a call that runs from the first token to the last."""
-  static, operands = _lowered(chip, call)
+  static, operands = lower(chip, call)
   out, _, state = _attend(static, operands)
   if call.lengths is not None:
     out = jnp.where(_real(call)[..., None, None], out, 0)
@@ -72,7 +72,7 @@ def _real(call: Call) -> Array:
   return jnp.arange(T, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
-def _lowered(chip: str, call: Call) -> tuple[_Static, _Operands]:
+def lower(chip: str, call: Call) -> tuple[Static, Operands]:
   """The call as its kernel reads it."""
   phi = call.feature_map
   q = phi(call.q.astype(jnp.float32), positions=call.positions, is_query=True)
@@ -85,8 +85,8 @@ def _lowered(chip: str, call: Call) -> tuple[_Static, _Operands]:
   if call.initial_state is not None:
     kv, z = (x.astype(jnp.float32) for x in call.initial_state)
   state = linear.State(kv, z if call.normalize else None)
-  operands = _Operands(q.astype(call.q.dtype), k.astype(call.k.dtype), call.v, g, state)
-  return _Static(chip, Settings(call.scale, call.normalize)), operands
+  operands = Operands(q.astype(call.q.dtype), k.astype(call.k.dtype), call.v, g, state)
+  return Static(chip, Settings(call.scale, call.normalize)), operands
 
 
 def _decays(call: Call) -> Array | None:
@@ -106,20 +106,15 @@ def _decays(call: Call) -> Array | None:
   return jnp.where(real, g, 0.0)
 
 
-def _forward(static: _Static, operands: _Operands) -> tuple[Array, Array | None, linear.State]:
+def _forward(static: Static, operands: Operands) -> tuple[Array, Array | None, linear.State]:
   return _kernel(static.chip).forward(*operands, static.settings)
 
 
-def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any) -> _Operands:
+def _backward(static: Static, operands: Operands, results: Any, gradients: Any) -> Operands:
   out, weight, _ = results
   d_out, _, d_state = gradients
-  normalized = None
-  if weight is not None:
-    something = weight != 0
-    inverse = jnp.where(something, 1 / jnp.where(something, weight, 1.0), 0.0)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    normalized = Normalized(inverse, delta)
-  d_operands = _Operands(
+  normalized = None if weight is None else Normalized.of(out, weight, d_out)
+  d_operands = Operands(
     *_kernel(static.chip).backward(*operands, normalized, d_out, d_state, static.settings)
   )
   return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), d_operands, operands)
@@ -154,21 +149,21 @@ def step(chip: str, token: Token) -> tuple[Array, Array, Array]:
   return out, state.kv, token.z if state.z is None else state.z
 
 
-def _lowered_step(chip: str, token: Token) -> tuple[_Static, _Operands]:
+def _lowered_step(chip: str, token: Token) -> tuple[Static, Operands]:
   q, k, g = token.q.astype(token.v.dtype), token.k.astype(token.v.dtype), token.g
   if g is not None:
     g = jnp.maximum(g.astype(jnp.float32), FORGET)
     g = jnp.broadcast_to(g, token.kv.shape[:2]) if g.ndim == 1 else g
   state = linear.State(token.kv, token.z if token.normalize else None)
   settings = Settings(token.scale, token.normalize)
-  return _Static(chip, settings), _Operands(q, k, token.v, g, state)
+  return Static(chip, settings), Operands(q, k, token.v, g, state)
 
 
-def _one_token(static: _Static, operands: _Operands) -> tuple[Array, linear.State]:
+def _one_token(static: Static, operands: Operands) -> tuple[Array, linear.State]:
   return _kernel(static.chip).step(*operands, static.settings)
 
 
-def _no_derivative(static: _Static, operands: Any, results: Any, gradients: Any) -> Any:
+def _no_derivative(static: Static, operands: Any, results: Any, gradients: Any) -> Any:
   raise NotImplementedError(
     f"a step of the {static.chip!r} kernel has no derivative; implementation='xla' has"
   )

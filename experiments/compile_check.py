@@ -11,21 +11,18 @@ times how often they run, over the clock: it knows neither stalls nor copies, so
 
 import concurrent.futures
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import flags
+from experiments import flags, provenance
 from experiments.compiling import rules, worker
 from experiments.compiling.programs import PROGRAMS
 from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES
@@ -138,26 +135,8 @@ def compile_all(jobs: Sequence[worker.Job], processes: int, timeout: float) -> l
 
 def environment() -> dict[str, Any]:
   """With what the rows were made."""
-  versions: dict[str, str | None] = {}
-  for package in PACKAGES:
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = None
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": _commit(),
-    "versions": versions | {"ptxas": _ptxas()},
-  }
-
-
-def _commit() -> str | None:
-  """The commit of the working tree, "+" if files differ from it; None outside of a repository."""
-  if shutil.which("git") is None:
-    return None
-  git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
-  done = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True)
-  return done.stdout.strip() or None
+  told = provenance.environment(PACKAGES)
+  return told | {"versions": told["versions"] | {"ptxas": _ptxas()}}
 
 
 def _ptxas() -> str | None:

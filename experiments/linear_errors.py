@@ -26,16 +26,18 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from attention import linear_attention
+from attention import linear_attention, linear_kernels
 from attention.ops import linear
 from experiments import flags, provenance
 from experiments.flags import UserError, knob
 from pallas_kernels import linear as contract
 from pallas_kernels import linear_hopper, linear_tpu
+from pallas_kernels.linear import Normalized
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_errors.json"
 N, M, h = 2, 32, 32
 DECAYS = ("none", "head", "token", "channel")
+NAMES = ("dq", "dk", "dv", "dg", "d_state")
 ALLOWED_ELSEWHERE = 0.005
 """What flash-linear-attention's tests allow of its kernels, bfloat16, relative RMSE."""
 
@@ -137,8 +139,7 @@ def by_op(x: Inputs, normalize: bool, implementation: str) -> dict[str, Any]:
     return results, pull((x["d_out"].astype(results[0].dtype), x["d_kv"]))
 
   (out, state), gradients = jax.jit(both)(*(x[name] for name in ("q", "k", "v", "g", "kv")))
-  names = ("dq", "dk", "dv", "dg", "d_state")
-  return {"out": out, "state": state} | dict(zip(names, gradients, strict=True))
+  return {"out": out, "state": state} | dict(zip(NAMES, gradients, strict=True))
 
 
 def truth(x: Inputs, normalize: bool) -> dict[str, np.ndarray]:
@@ -155,45 +156,34 @@ def truth(x: Inputs, normalize: bool) -> dict[str, np.ndarray]:
 
 
 def by_kernel(x: Inputs, normalize: bool, chip: str) -> dict[str, Any]:
-  """The same from a chip's kernel, interpreted, called as `pallas_kernels.linear` says."""
+  """The same from a chip's kernel, interpreted, called as the op calls it."""
   kernel: ModuleType = {"tpu": linear_tpu, "hopper": linear_hopper}[chip]
   options = {"on_chip": False} if chip == "hopper" else {}
   interpret = {
     "tpu": lambda: pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
     "hopper": lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
   }[chip]()
-  settings = contract.Settings(1.0, normalize)
-  given = x["q"], x["k"], x["v"], _forgetting(x)
-  state = contract.State(x["kv"], x["z"] if normalize else None)
   after = contract.State(x["d_kv"], jnp.zeros_like(x["z"]) if normalize else None)
 
-  def both(given, state):
-    out, weight, end = kernel.forward(*given, state, settings, **options)
-    normalized = None
-    if weight is not None:
-      delta = (x["d_out"].astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-      normalized = contract.Normalized(1 / weight, delta)
-    gradients = kernel.backward(*given, state, normalized, x["d_out"], after, settings, **options)
-    return out, end, gradients
+  def lowered(q, k, v, g, kv):
+    state = linear.State(kv, x["z"])
+    call = linear.describe(
+      q, k, v, log_decay=g, normalize=normalize, initial_state=state, segment_ids=x["ids"]
+    )
+    return linear_kernels.lower(chip, call)
+
+  def both(*given):
+    static = lowered(*given)[0]
+    operands, pull = jax.vjp(lambda *given: lowered(*given)[1], *given)
+    out, weight, end = kernel.forward(*operands, static.settings, **options)
+    normalized = None if weight is None else Normalized.of(out, weight, x["d_out"])
+    back = kernel.backward(*operands, normalized, x["d_out"], after, static.settings, **options)
+    like = jax.tree.map(lambda d, x: d.astype(x.dtype), linear_kernels.Operands(*back), operands)
+    return {"out": out, "state": end.kv}, pull(like)
 
   with interpret:
-    out, end, (dq, dk, dv, dg, start) = jax.jit(both)(given, state)
-  results = {"out": out, "state": end.kv, "dq": dq, "dk": dk, "dv": dv, "dg": dg}
-  return results | {"d_state": start.kv}
-
-
-def _forgetting(x: Inputs) -> jax.Array | None:
-  """Decays as kernels read them: documents begin where all is forgotten."""
-  g, ids = x["g"], x["ids"]
-  if g is not None:
-    g = jnp.maximum(g, contract.FORGET)
-  if ids is None:
-    return g
-  T = ids.shape[1]
-  g = jnp.zeros((N,)) if g is None else g
-  g = jnp.broadcast_to(g[None, None], (1, T, N)) if g.ndim == 1 else g
-  begins = np.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
-  return jnp.where(begins.reshape(1, T, *(1,) * (g.ndim - 2)), contract.FORGET, g)
+    results, gradients = jax.jit(both)(*(x[name] for name in ("q", "k", "v", "g", "kv")))
+  return results | dict(zip(NAMES, gradients, strict=True))
 
 
 def relative(actual: Any, expected: np.ndarray) -> float:

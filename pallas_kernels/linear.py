@@ -32,6 +32,7 @@ small decay that follows a large one. A document begins where every g of a token
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -65,3 +66,11 @@ class Normalized(NamedTuple):
   """1 / weight, and 0 where the weight is 0."""
   delta: Array
   """sum(d_out out)."""
+
+  @classmethod
+  def of(cls, out: Array, weight: Array, d_out: Array) -> "Normalized":
+    """Of a forward pass's results and the gradient of its output."""
+    something = weight != 0
+    inverse = jnp.where(something, 1 / jnp.where(something, weight, 1.0), 0.0)
+    product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    return cls(inverse, product.sum(-1).swapaxes(1, 2))

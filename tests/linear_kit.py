@@ -150,12 +150,7 @@ def run(kernel: Any, problem: Problem, **options: Any) -> dict[str, Any]:
 
   def both(*given):
     out, weight, state = kernel.forward(*given, settings, **options)
-    normalized = None
-    if weight is not None:
-      d_out = x["d_out"].astype(jnp.float32)
-      delta = (d_out * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-      inverse = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
-      normalized = Normalized(inverse, delta)
+    normalized = None if weight is None else Normalized.of(out, weight, x["d_out"])
     gradients = kernel.backward(*given, normalized, x["d_out"], x["d_state"], settings, **options)
     return out, state, gradients
 

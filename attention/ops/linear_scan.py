@@ -138,8 +138,7 @@ def associative(call: Call) -> tuple[jax.Array, jax.Array]:
     real = (jnp.arange(T)[None] < call.lengths.astype(jnp.int32)[:, None])[..., None]
     a, b = jnp.where(real, a, 1), jnp.where(real, b, 0)
   if call.segment_ids is not None:
-    starts = call.segment_ids[:, 1:] != call.segment_ids[:, :-1]
-    starts = jnp.pad(starts, [(0, 0), (1, 0)])[..., None]
+    starts = chunk_scan.begins(call.segment_ids)[..., None]
     starts = starts if real is None else starts & real
     a = jnp.where(starts, 0, a)
   state = jnp.zeros((B, D)) if call.initial_state is None else call.initial_state
@@ -292,25 +291,13 @@ def reference(
   del implementation
   B, T, N, H = log_decay.shape
   dtype = jnp.float64 if v.dtype == jnp.float64 else jnp.float32
-  q, k, v32 = (jnp.repeat(x.astype(dtype), N // x.shape[2], axis=2) for x in (q, k, v))
-  ids = jnp.zeros((B, T), int) if segment_ids is None else segment_ids
-  starts = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
-  ends = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (0, 1)])
-
-  def token(x, inputs):
-    b, log_a, fresh = inputs
-    x = jnp.where(fresh[:, None, None], 0, jnp.exp(log_a) * x) + b
-    return x, x
-
-  def walk(fresh, reverse):
-    by_time = [jnp.moveaxis(i, 1, 0) for i in (k * v32, log_decay.astype(dtype), fresh)]
-    x = lax.scan(token, jnp.zeros((B, N, H), dtype), tuple(by_time), reverse=reverse)[1]
-    return jnp.moveaxis(x, 0, 1)
-
-  x = walk(starts, False)
+  q, k, wide = (jnp.repeat(x.astype(dtype), N // x.shape[2], axis=2) for x in (q, k, v))
+  b = (k * wide).reshape(B, T, N * H)
+  call = describe(b, log_decay.reshape(b.shape), segment_ids=segment_ids)
+  x = recurrence(call)[0]
   if not is_causal:
-    x = x + walk(ends, True) - k * v32
-  return (q * x).astype(v.dtype)
+    x = x + recurrence(call._replace(reverse=True))[0] - b
+  return (q * x.reshape(q.shape[:3] + (H,))).astype(v.dtype)
 
 
 def init_state(

@@ -91,8 +91,7 @@ def test_forward_and_gradients_equal_the_reference(spec, T):
     (_, *expected), gradients = run(True)(*kit.to_double((q, k, v, extra)))
   kit.assert_close("out", out, expected[0])
   for name, actual, wanted in zip(("dq", "dk", "dv"), (dq, dk, dv), gradients, strict=False):
-    # One token's dq and dk cancel to 0, of terms that are large where relu leaves little weight.
-    kit.assert_close(name, actual, wanted, factor=5, least=0.5 if T == 1 else 0.1)
+    kit.assert_close(name, actual, wanted, factor=5, least=0.1)  # one token's dq cancels to 0
   kit.assert_trees_close(d_extra, jax.tree.map(np.asarray, gradients[3]), factor=20, least=0.1)
 
 

@@ -287,17 +287,23 @@ def test_remat_changes_memory_and_not_the_gradient(remat):
   assert kept(rematted) < kept(graphdef)
 
 
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+@pytest.mark.parametrize("pattern", ["linear,linear,softmax:window=5", HYBRID])
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(pattern):
   tokens = tokens_of()
-  params, graphdef = build_once(configure(HYBRID))
-  half_params, half = build_once(configure(HYBRID, dtype="bfloat16"))
+  three = {"num_layers": 3, "short_convolution": 3}
+  params, graphdef = build_once(configure(pattern, **three))
+  half_params, half = build_once(configure(pattern, dtype="bfloat16", **three))
   assert {x.dtype for x in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
   want = forward(graphdef)(params, tokens)
   got = forward(half)(half_params, tokens)
   assert got.dtype == jnp.float32
   error = np.abs(np.asarray(got - want)) / float(jnp.abs(want).max())
-  # Where a head reads next to nothing, normalizing it amplifies what rounding left of its keys.
-  assert 0 < np.quantile(error, 0.999) < 0.05 and error.max() < 0.1
+  assert error.max() > 0
+  if pattern == HYBRID:
+    # Where a head reads next to nothing, its norm amplifies what rounding left of its keys.
+    assert np.quantile(error, 0.999) < 0.05 and error.max() < 0.1
+  else:
+    assert error.max() < 0.05
   gradients = gradient(half)(half_params, tokens)[0]
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
