@@ -51,6 +51,12 @@ def running_sum(g: Array) -> tuple[Array, Array]:
   return lax.associative_scan(add, (g, jnp.zeros_like(g)), axis=g.ndim - 1)
 
 
+def following(g: Array) -> Array:
+  """What follows each entry of the last axis until its end."""
+  later = jnp.pad(g[..., 1:], [(0, 0)] * (g.ndim - 1) + [(0, 1)])
+  return lax.cumsum(later, axis=g.ndim - 1, reverse=True)
+
+
 class Sums(NamedTuple):
   """What the decays of a chunk add up to."""
 
@@ -67,8 +73,7 @@ class Sums(NamedTuple):
 def sums(g: Array) -> Sums:
   """Of decays per token, `B N C CHUNK`."""
   hi, lo = running_sum(g)
-  after = lax.cumsum(jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),)), axis=3, reverse=True)
-  return Sums(hi, lo, jnp.exp2(hi), jnp.exp2(after), jnp.exp2(hi[..., -1]))
+  return Sums(hi, lo, jnp.exp2(hi), jnp.exp2(following(g)), jnp.exp2(hi[..., -1]))
 
 
 def walk(fade: Array, add: Array, start: Array, *, reverse: bool = False) -> tuple[Array, Array]:

@@ -57,8 +57,7 @@ def numbers(g: Array | None, B: int, T: int, N: int, scale, d_weight) -> Array:
   cut = lambda x: wide(jnp.broadcast_to(x, (B, N, T)), 2, CHUNK).reshape(B, N, -1, CHUNK)
   g = cut(g)
   hi, lo = linear_tiles.running_sum(g)
-  after = lax.cumsum(jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),)), axis=3, reverse=True)
-  rows = [hi, lo, after, cut(scale), cut(d_weight)]
+  rows = [hi, lo, linear_tiles.following(g), cut(scale), cut(d_weight)]
   return jnp.stack([*rows, *[jnp.zeros_like(hi)] * (NUMBERS - len(rows))], 3)
 
 
