@@ -8,7 +8,8 @@ FLOOR := $(shell sed -n 's/^ *jax>=\([0-9.]*\).*/\1/p' setup.cfg)
 # What leans on jax's own workings: the ops, the mechanisms, kernels in their interpreters, a model on a mesh.
 CORE := tests/attention/ops tests/pallas_kernels tests/attention/modules/test_decoder.py \
   $(addprefix tests/attention/test_,$(addsuffix .py,variants flash tiled kernels linear_kernels context_parallel lowering))
-PYTEST := -m pytest -q -n $(WORKERS) --maxprocesses=8
+# Long tests stand last: who is idle takes them over.
+PYTEST := -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
 .PHONY: help train test test-floor compile-check lint format clean
 
