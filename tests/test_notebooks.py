@@ -66,14 +66,20 @@ def pictures(notebook):
   return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-  return execute("quickstart")
-
-
 @pytest.mark.slow
-def test_it_draws(quickstart):
-  assert len(pictures(quickstart)) == 4
+def test_quickstart():
+  """It draws, what it calls equal is equal, and what it says of what runs is true."""
+  notebook = execute("quickstart")
+  text = printed(notebook)
+  assert len(pictures(notebook)) == 4
+  found = re.findall(r"(?:difference|differ by) ([\d.e+-]+)", text)
+  assert len(found) == 6
+  assert max(map(float, found)) < 1e-4
+  assert "dot_product_attention runs 'tiled'" in text  # for a million tokens
+  assert "dot_product_attention runs 'xla'" in text  # for 64
+  assert "did you mean 'tiled'" in text
+  assert "##......\n" in text and "....####" in text
+  assert "300 steps" in text and "class " in text
 
 
 @pytest.mark.slow
@@ -110,21 +116,3 @@ def test_linear_attention():
   sizes = re.findall(r"(\w+), \d+ tokens: ([\d,]+) bytes", text)
   softmax, linear = ([size for name, size in sizes if name == n] for n in ("softmax", "linear"))
   assert len(set(softmax)) == len(linear) == 3 and len(set(linear)) == 1
-
-
-@pytest.mark.slow
-def test_what_it_calls_equal_is_equal(quickstart):
-  text = printed(quickstart)
-  found = re.findall(r"(?:difference|differ by) ([\d.e+-]+)", text)
-  assert len(found) == 6
-  assert max(map(float, found)) < 1e-4
-
-
-@pytest.mark.slow
-def test_its_claims_about_what_runs_are_true(quickstart):
-  text = printed(quickstart)
-  assert "dot_product_attention runs 'tiled'" in text  # for a million tokens
-  assert "dot_product_attention runs 'xla'" in text  # for 64
-  assert "did you mean 'tiled'" in text
-  assert "##......\n" in text and "....####" in text
-  assert "300 steps" in text and "class " in text

@@ -191,7 +191,7 @@ def test_queries_keys_and_values_may_each_be_shared(heads):
       out = f(*map(repeat, (q, k, v)), log_decay=g, **options)
       return jnp.sum(jnp.sin(out)), out
 
-    return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
 
   for options in ({"normalize": True}, {"bidirectional": True}):
     got = run(linear_attention, lambda x: x, chunk_size=8, **options)(q, k, v, g)
