@@ -51,6 +51,13 @@ def running_sum(g: Array) -> tuple[Array, Array]:
   return lax.associative_scan(add, (g, jnp.zeros_like(g)), axis=g.ndim - 1)
 
 
+def wide(x: Array, axis: int, multiple: int) -> Array:
+  """With zeros up to a multiple."""
+  missing = -x.shape[axis] % multiple
+  pad = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
+  return jnp.pad(x, pad) if missing else x
+
+
 def following(g: Array) -> Array:
   """What follows each entry of the last axis until its end."""
   later = jnp.pad(g[..., 1:], [(0, 0)] * (g.ndim - 1) + [(0, 1)])

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear import Settings, State
-from pallas_kernels.linear_tiles import Array
-from pallas_kernels.linear_tpu_tiles import LANES, wide
+from pallas_kernels.linear_tiles import Array, wide
+from pallas_kernels.linear_tpu_tiles import LANES
 
 _HEADS = 8
 """At most, of a step of the grid: the rows of a register."""

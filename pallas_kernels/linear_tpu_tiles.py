@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_tiles
 from pallas_kernels.linear import State
-from pallas_kernels.linear_tiles import LOG2_E, Array
+from pallas_kernels.linear_tiles import LOG2_E, Array, wide
 
 CHUNK = 128
 """Tokens of a chunk."""
@@ -30,13 +30,6 @@ NUMBERS = 8
 HI, LO, AFTER, SCALE, D_WEIGHT = range(5)
 """Its rows: the running sum of the decays in two floats, what follows a token until the chunk ends,
 and for the backward pass what a row of d_out is scaled by and the gradient of its weight."""
-
-
-def wide(x: Array, axis: int, multiple: int) -> Array:
-  """With zeros up to a multiple."""
-  missing = -x.shape[axis] % multiple
-  pad = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
-  return jnp.pad(x, pad) if missing else x
 
 
 def flat(x: Array) -> Array:

@@ -14,21 +14,26 @@ so q is an output gate, k an input gate, and v what is written.
 `associative` cuts time into chunks. Two steps compose to one of the same kind, (a, b) then (a', b')
 is (a a', a' b + b'), so a chunk is a parallel prefix of log2(C) levels, and the chunks follow one
 another. Every factor is an exp of something <= 0, products of them can only underflow to what is
-truly zero, and nothing is ever divided: it is exact for any log_a from 0 to -inf. The backward pass
-is the same scan the other way, g_t = dx_t + exp(log_a_{t+1}) g_{t+1}; it keeps the decays and x.
+truly zero, and nothing is ever divided: it is exact for any log_a from 0 to -inf. `hopper` and `tpu`
+are kernels that walk along the sequence and keep a channel's state where it is added to
+(`pallas_kernels/linear_scan_*.py`). The backward pass of all three is the same scan the other way,
+g_t = dx_t + exp(log_a_{t+1}) g_{t+1}; it keeps the decays and x.
 
-Cost: O(T log C) operations per channel, all of them bound by memory; O(T) memory, both ways.
+Cost: O(T) operations per channel by a kernel and O(T log C) by `associative`, all of them bound by
+memory; O(T) memory, both ways.
 """
 
 import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from attention import chunk_scan, loops
+from attention import chunk_scan, kernels, loops
 from attention.dispatch import Implementation, choose
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
@@ -71,7 +76,7 @@ def linear_scan(
     lengths: tokens of row b from lengths[b] on are padding: they leave the state as it is, and
       their outputs are 0.
     reverse: from the last token to the first.
-    implementation: "associative", "reference", or None for the best.
+    implementation: "hopper", "tpu", "associative", "reference", or None for the best that runs.
 
   Returns:
     x in b's dtype, and with `return_state` the state [B D].
@@ -122,47 +127,68 @@ def describe(
   return Call(b, log_a, initial_state, segment_ids, lengths, reverse)
 
 
-def associative(call: Call) -> tuple[jax.Array, jax.Array]:
-  """The call in chunks, each a parallel prefix."""
-  if call.reverse:
-    flip = functools.partial(jnp.flip, axis=1)
-    ids = None if call.segment_ids is None else flip(call.segment_ids)
-    flipped = call._replace(b=flip(call.b), log_a=flip(call.log_a), segment_ids=ids, reverse=False)
-    x, state = associative(flipped)
-    return flip(x), state
+class Walk(NamedTuple):
+  """How a scan runs."""
+
+  chip: str | None
+  """Whose kernel, or None for `associative`."""
+  reverse: bool
+
+
+def _scanned(chip: str | None, call: Call) -> tuple[jax.Array, jax.Array]:
+  """The call by one scan: padding neither keeps less nor adds, a document's first token keeps
+  nothing.
+  """
   B, T, D = call.b.shape
   dtype = chunk_scan.sum_dtype(call.b)
-  a, b = jnp.exp(call.log_a.astype(dtype)), call.b.astype(dtype)
+  log_a, b = call.log_a.astype(dtype), call.b.astype(dtype)
   real = None
   if call.lengths is not None:
     real = (jnp.arange(T)[None] < call.lengths.astype(jnp.int32)[:, None])[..., None]
-    a, b = jnp.where(real, a, 1), jnp.where(real, b, 0)
+    log_a, b = (jnp.where(real, x, 0) for x in (log_a, b))
   if call.segment_ids is not None:
-    starts = chunk_scan.begins(call.segment_ids)[..., None]
-    starts = starts if real is None else starts & real
-    a = jnp.where(starts, 0, a)
+    starts = _turns(call.segment_ids, call.reverse)[..., None]
+    log_a = jnp.where(starts if real is None else starts & real, -jnp.inf, log_a)
   state = jnp.zeros((B, D)) if call.initial_state is None else call.initial_state
-  x = scan(*loops.together((a, b, state.astype(dtype))))
+  state = state.astype(dtype)
+  x = scan(Walk(chip, call.reverse), *loops.together((log_a, b, state)))
   # Padding repeats the state, so the last x is what real tokens left.
-  state = x[:, -1] if T else state.astype(dtype)
+  state = x[:, 0 if call.reverse else -1] if T else state
   x = x if real is None else jnp.where(real, x, 0)
   return x.astype(call.b.dtype), state
 
 
-@jax.custom_vjp
-def scan(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
-  """x of decays `a` and inputs `b` [B T D], from `state` [B D]."""
-  T = a.shape[1]
+def _turns(segment_ids: Int[Array, "B T"], reverse: bool) -> jax.Array:
+  """Which tokens are the first of a document, as the scan meets them, `B T`."""
+  if reverse:
+    return jnp.flip(chunk_scan.begins(jnp.flip(segment_ids, axis=1)), axis=1)
+  return chunk_scan.begins(segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(walk: Walk, log_a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
+  """x of log decays and inputs [B T D], from `state` [B D]."""
+  if walk.chip is not None and b.size:
+    kernel = functools.partial(_kernel(walk.chip).scan, reverse=walk.reverse)
+    return sequential_vmap(kernel)(log_a, b, state)
+  if walk.reverse:
+    flip = functools.partial(jnp.flip, axis=1)
+    return flip(_prefix(flip(log_a), flip(b), state))
+  return _prefix(log_a, b, state)
+
+
+def _prefix(log_a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
+  """x in chunks, each a parallel prefix."""
+  T = b.shape[1]
   C = min(CHUNK, 1 << max(T - 1, 0).bit_length())
-  short = [(0, 0), (0, -T % C), (0, 0)]
-  pieces = chunk_scan.cut(jnp.pad(a, short, constant_values=1), C), chunk_scan.cut(b, C)
 
   def chunk(state, piece):
-    kept, added = lax.associative_scan(_compose, piece, axis=1)
+    log_a, b = piece
+    kept, added = lax.associative_scan(_compose, (jnp.exp(log_a), b), axis=1)
     x = kept * state[:, None] + added
     return x[:, -1], x
 
-  _, x = lax.scan(chunk, state, pieces)
+  _, x = lax.scan(chunk, state, (chunk_scan.cut(log_a, C), chunk_scan.cut(b, C)))
   return jnp.moveaxis(x, 0, 1).reshape(b.shape[0], -1, b.shape[2])[:, :T]
 
 
@@ -171,22 +197,44 @@ def _compose(first, second):
   return first[0] * second[0], first[1] * second[0] + second[1]
 
 
-def _scan_forward(a, b, state):
-  x = scan(a, b, state)
-  return x, (a, x, state)
+def _scan_forward(walk, log_a, b, state):
+  x = scan(walk, log_a, b, state)
+  return x, (log_a, x, state)
 
 
-def _scan_backward(saved, dx):
+def _scan_backward(walk, saved, dx):
   """The scan from the other end, over decays one token later."""
-  a, x, state = saved
-  later = jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1)
-  flip = functools.partial(jnp.flip, axis=1)
-  db = flip(scan(flip(later), flip(dx), jnp.zeros_like(state)))
-  before = jnp.concatenate([state[:, None], x[:, :-1]], axis=1)
-  return db * before, db, a[:, 0] * db[:, 0]
+  log_a, x, state = saved
+  none, state = jnp.zeros_like(log_a[:, :1]), state[:, None]
+  if walk.reverse:
+    later, before = ([none, log_a[:, :-1]], [x[:, 1:], state])
+  else:
+    later, before = ([log_a[:, 1:], none], [state, x[:, :-1]])
+  later, before = (jnp.concatenate(each, axis=1) for each in (later, before))
+  first = -1 if walk.reverse else 0
+  db = scan(walk._replace(reverse=not walk.reverse), later, dx, jnp.zeros_like(state[:, 0]))
+  kept = jnp.exp(log_a) * db
+  return kept * before, db, kept[:, first]
 
 
 scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _kernel(chip: str) -> ModuleType:
+  if chip == "hopper":
+    from pallas_kernels import linear_scan_hopper
+
+    return linear_scan_hopper
+  from pallas_kernels import linear_scan_tpu
+
+  return linear_scan_tpu
+
+
+def _unsupported(chip: str, call: Call) -> str | None:
+  """Why a kernel cannot run the call, forward and backward, or None."""
+  if chunk_scan.sum_dtype(call.b) == jnp.float64:
+    return f"it computes in float32, got {call.b.dtype}"
+  return kernels.unsupported(chip, (call.b, call.log_a))
 
 
 def recurrence(call: Call) -> tuple[jax.Array, jax.Array]:
@@ -209,8 +257,15 @@ def recurrence(call: Call) -> tuple[jax.Array, jax.Array]:
   return jnp.moveaxis(x, 0, 1).astype(call.b.dtype), state
 
 
+def _by(chip: str | None) -> Implementation:
+  unsupported = (lambda call: None) if chip is None else functools.partial(_unsupported, chip)
+  return Implementation(run=functools.partial(_scanned, chip), unsupported=unsupported)
+
+
 IMPLEMENTATIONS = {
-  "associative": Implementation(run=associative, unsupported=lambda call: None),
+  "hopper": _by("hopper"),
+  "tpu": _by("tpu"),
+  "associative": _by(None),
   "reference": Implementation(run=recurrence, unsupported=lambda call: None),
 }
 """Every way to compute `linear_scan`, the best first."""
