@@ -14,8 +14,8 @@ so q is an output gate, k an input gate, and v what is written.
 `associative` cuts time into chunks. Two steps compose to one of the same kind, (a, b) then (a', b')
 is (a a', a' b + b'), so a chunk is a parallel prefix of log2(C) levels, and the chunks follow one
 another. Every factor is an exp of something <= 0, products of them can only underflow to what is
-truly zero, and nothing is ever divided: it is exact for any log_a from 0 to -inf. `hopper` and `tpu`
-are kernels that walk along the sequence and keep a channel's state where it is added to
+truly zero, and nothing is ever divided: it is exact for any log_a from 0 to -inf. `hopper` and
+`tpu` are kernels that walk along the sequence and keep the states on the chip
 (`pallas_kernels/linear_scan_*.py`). The backward pass of all three is the same scan the other way,
 g_t = dx_t + exp(log_a_{t+1}) g_{t+1}; it keeps the decays and x.
 
