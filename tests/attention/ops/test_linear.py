@@ -171,11 +171,11 @@ def test_a_decay_of_minus_infinity_is_a_reset():
   out = linear_attention(q, k, v, log_decay=g, initial_state=some_state())
   alone = linear_attention(*(x[:, 40:] for x in (q, k, v)), log_decay=g[:, 40:])
   kit.assert_close("out", out[:, 40:], alone)
-  gradient = jax.grad(lambda g: jnp.sum(linear_attention(q, k, v, log_decay=g) ** 2))(g)
+  gradient = jax.jit(jax.grad(lambda g: jnp.sum(linear_attention(q, k, v, log_decay=g) ** 2)))(g)
   assert np.isfinite(np.asarray(gradient)).all()
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 2, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
 def test_queries_keys_and_values_may_each_be_shared(heads):
   """Heads of q, k and v that divide N equal the heads repeated by hand, in every form."""
   T, widths = 21, (H, H, h)
@@ -387,10 +387,10 @@ def test_gradients_have_gradients():
     return sum(jnp.sum(x**2) for x in gradient(q, k, v, g))
 
   chunked = functools.partial(linear_attention, chunk_size=8)
-  got = jax.grad(functools.partial(sharpness, chunked), (0, 1, 2, 3))(q, k, v, g)
+  slopes = lambda f: jax.jit(jax.grad(functools.partial(sharpness, f), (0, 1, 2, 3)))
+  got = slopes(chunked)(q, k, v, g)
   with kit.double():
-    args = kit.to_double((q, k, v, g))
-    want = jax.grad(functools.partial(sharpness, reference), (0, 1, 2, 3))(*args)
+    want = slopes(reference)(*kit.to_double((q, k, v, g)))
   kit.assert_trees_close(got, want)
 
 
