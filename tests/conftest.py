@@ -6,8 +6,8 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the time of a small test is XLA's, optimizing what runs for a millisecond. Benchmarks, the
-# notebook and `make train` run the optimized code.
+# Most of the time of a small test is XLA's, optimizing what runs for a millisecond. Benchmarks and
+# `make train` run the optimized code.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
