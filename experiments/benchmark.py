@@ -29,6 +29,7 @@ from experiments.benchmarks import (
   chip,
   chip_picture,
   contenders,
+  linear_picture,
   memory,
   picture,
   resident,
@@ -259,8 +260,9 @@ def main(argv: Sequence[str]) -> int:
   with flags.blame_user():
     flags.check_bounds(options)
   on_chip = options.suite in CHIP_SUITES
-  if options.tune and not on_chip:
-    raise UserError(f"--tune goes with {' or '.join(CHIP_SUITES)}, not with {options.suite!r}")
+  tunable = [name for name, suite in CHIP_SUITES.items() if suite.mechanism == "softmax"]
+  if options.tune and options.suite not in tunable:
+    raise UserError(f"--tune goes with {' or '.join(tunable)}, not with {options.suite!r}")
   path, results = _measured_on_chip(options) if on_chip else _measured(options)
   if options.tune:
     return 0
@@ -269,7 +271,10 @@ def main(argv: Sequence[str]) -> int:
   _write(path, results)
   show = chip.table if on_chip else times_table
   print(show(results), targets.table(verdicts), sep="\n\n")
-  draw = chip_picture.draw if on_chip else picture.draw
+  draw = picture.draw
+  if on_chip:
+    linear = CHIP_SUITES[options.suite].mechanism == "linear"
+    draw = linear_picture.draw if linear else chip_picture.draw
   path.with_suffix(".png").write_bytes(draw(results))
   unmet = [f"{v.what} ({v.verdict})" for v in verdicts if v.verdict != "met"]
   if on_chip and results["checks"]["verdict"] != "passed":
@@ -292,9 +297,10 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
 
 def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   """The same of a suite on a chip, whose file bears the chip's name."""
+  what = CHIP_SUITES[options.suite].mechanism
   if not options.measure:
-    made = sorted(RESULTS.glob("*_softmax.json"), reverse=True)
-    path = pathlib.Path(options.out or next(iter(made), RESULTS / "h200_softmax.json"))
+    made = sorted(RESULTS.glob(f"*_{what}.json"), reverse=True)
+    path = pathlib.Path(options.out or next(iter(made), RESULTS / f"h200_{what}.json"))
     return path, _read(path, options.suite)
   name = chip.prepare(options.suite)
   if options.tune:
@@ -304,7 +310,7 @@ def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
     found = tune.search(CHIP_SUITES[options.suite], options.limit_s, where, say, save)
     save(found)
     return path, found
-  path = pathlib.Path(options.out or RESULTS / f"{name}_softmax.json")
+  path = pathlib.Path(options.out or RESULTS / f"{name}_{what}.json")
   results = chip.measure(
     options.suite,
     environment=_environment({}),

@@ -1,5 +1,8 @@
 """What is measured on a chip, as data: masks, shapes, contenders, and in which order.
 
+Softmax attention first, linear attention at the end: the shapes of flash-linear-attention's
+registry, and of each the bytes that must move, for they and not operations bound it.
+
 The table is FlashAttention-3's (Shah et al. 2024, section 4.1, https://arxiv.org/abs/2407.08608):
 16k tokens in all, B T, and 2048 columns in all, N H. Sliding windows and packed documents follow,
 both causal. Operations are counted as there, 2 B N T S (H + h) forward and 2.5 times that backward,
@@ -94,6 +97,48 @@ class Case:
     shares = {"forward": 1.0, "backward": BACKWARD, "forward+backward": 1.0 + BACKWARD}
     return forward * shares[kind]
 
+  def rate(self, kind: str, seconds: float) -> dict[str, float]:
+    """What was done in a second, by the name of its unit."""
+    return {"tflops": self.operations(kind) / seconds / 1e12}
+
+  def row(self) -> dict[str, object]:
+    """What the results keep of it."""
+    return {"case": self.name, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LinearCase:
+  """One shape of linear attention; keys and values are of one width."""
+
+  decay: str
+  """"token" or "channel"."""
+  B: int
+  T: int
+  N: int
+  H: int
+
+  @property
+  def name(self) -> str:
+    """How results and targets write it."""
+    return f"{self.decay} B={self.B} T={self.T} N={self.N} H={self.H}"
+
+  @property
+  def family(self) -> str:
+    """What contenders are chosen by."""
+    return self.decay
+
+  def moved(self, kind: str) -> float:
+    """Bytes of every input and output once, 16 bits wide, decays 32; both passes are a sum."""
+    if kind == "forward+backward":
+      return self.moved("forward") + self.moved("backward")
+    arrays, decays = (4, 1) if kind == "forward" else (7, 2)
+    width = self.H if self.decay == "channel" else 1
+    return float(self.B * self.T * self.N * (2 * arrays * self.H + 4 * decays * width))
+
+  def rate(self, kind: str, seconds: float) -> dict[str, float]:
+    """Least bytes in a second, which no memory exceeds."""
+    return {"terabytes": self.moved(kind) / seconds / 1e12}
+
   def row(self) -> dict[str, object]:
     """What the results keep of it."""
     return {"case": self.name, **dataclasses.asdict(self)}
@@ -106,7 +151,7 @@ class ChipSuite:
   device: str
   """The platform that it needs, "gpu" or "cpu"."""
   ours: str
-  """Which implementation of `dot_product_attention` is ours."""
+  """Which implementation of the op is ours."""
   dtype: str
   rounds: int
   least: float
@@ -116,8 +161,10 @@ class ChipSuite:
   checks: tuple[str, ...] | None
   """Which checks of `checks.py`; None is all."""
   contenders: Mapping[str, tuple[str, ...]]
-  """Family of masks -> who takes part, ours left out."""
-  cases: tuple[Case, ...]
+  """Family of cases -> who takes part, ours left out."""
+  mechanism: str = "softmax"
+  """Or "linear"."""
+  cases: tuple[Case, ...] | tuple[LinearCase, ...]
   """The most telling first: time may run out."""
 
 
@@ -141,6 +188,9 @@ def _gpu_cases() -> tuple[Case, ...]:
 
 _DENSE = ("jax cuDNN", "tokamax", "torch efficient", "torch cuDNN")
 
+# (B, T, N, H) of flash-linear-attention's registry of benchmarks.
+_FLA: Final = ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256))
+
 CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
   "gpu": ChipSuite(
     device="gpu",
@@ -157,6 +207,37 @@ CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
       "documents": _DENSE,
     },
     cases=_gpu_cases(),
+  ),
+  "gpu-linear": ChipSuite(
+    device="gpu",
+    ours="hopper",
+    dtype="bfloat16",
+    rounds=5,
+    least=0.04,
+    together=2,
+    checks=None,
+    contenders=dict.fromkeys(("token", "channel"), ("fla", "jax-linear-attention", "chunked")),
+    mechanism="linear",
+    cases=tuple(
+      LinearCase(decay=decay, B=B, T=T, N=N, H=H)
+      for B, T, N, H in _FLA
+      for decay in ("token", "channel")
+    ),
+  ),
+  "gpu-linear-toy": ChipSuite(
+    device="cpu",
+    ours="chunked",
+    dtype="float32",
+    rounds=2,
+    least=0.002,
+    together=2,
+    checks=("token, odd T", "one token more"),
+    contenders={"token": ("recurrence", "torch recurrence", "fla"), "channel": ("recurrence",)},
+    mechanism="linear",
+    cases=(
+      LinearCase(decay="token", B=1, T=96, N=2, H=16),
+      LinearCase(decay="channel", B=2, T=64, N=2, H=8),
+    ),
   ),
   "gpu-toy": ChipSuite(
     device="cpu",

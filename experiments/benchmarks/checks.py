@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,11 @@ class Check:
   dropout: float = 0.0
   long: bool = False
   """Whether T x S numbers are too many for the oracle."""
+
+  def share(self, name: str) -> float:
+    """What a quantity's error may be beyond twice that of XLA, of its largest true value."""
+    # The log-sum-exp is float32 whatever the inputs are, and so are its products.
+    return (SHARE_OF_SUMS if name in SUMS else SHARE)["float32" if name == "lse" else self.dtype]
 
 
 def _ids(B: int, length: int, mean: int, seed: int = 0) -> jax.Array:
@@ -202,7 +207,15 @@ def compiled(check: Check, implementation: str) -> dict[str, Any]:
   return found
 
 
-def judge(check: Check, programs: Mapping[str, Any]) -> dict[str, Any]:
+class Judged(Protocol):
+  """What `judge` asks of a check."""
+
+  def share(self, name: str) -> float:
+    """Of a quantity."""
+    ...
+
+
+def judge(check: Judged, programs: Mapping[str, Any]) -> dict[str, Any]:
   """Runs a compiled check: each quantity's error beside what it may be."""
   answers = []
   for who in ("truth", "plain", "ours", "ours"):
@@ -213,10 +226,7 @@ def judge(check: Check, programs: Mapping[str, Any]) -> dict[str, Any]:
   for name, want in truth.items():
     error, beside = (_error(x[name], want) for x in (ours, plain))
     size = np.max(np.abs(want), where=np.isfinite(want), initial=0.0)
-    # The log-sum-exp is float32 whatever the inputs are, and so are their products.
-    dtype = "float32" if name == "lse" else check.dtype
-    share = (SHARE_OF_SUMS if name in SUMS else SHARE)[dtype]
-    allowed = 2.0 * beside + share * float(max(size, 1e-3))
+    allowed = 2.0 * beside + check.share(name) * float(max(size, 1e-3))
     quantities[name] = {"error": error, "allowed": allowed}
     if not error <= allowed:
       failed.append(f"{name} is off by {error:.3g}, allowed is {allowed:.3g}")
@@ -235,8 +245,15 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def main(implementation: str, *names: str) -> None:
+  """The checks of these names."""
+  serve(implementation, names, CHECKS, compiled)
+
+
+def serve(
+  implementation: str, names: Sequence[str], known: Sequence[Any], compiled: Callable[..., Any]
+) -> None:
   """Compiles all side by side, runs them one after the other, and prints."""
-  by_name = {check.name: check for check in CHECKS}
+  by_name = {check.name: check for check in known}
   # Tracing holds one lock whatever the number of threads: with few of them the first is done soon.
   with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     tasks = [(name, pool.submit(compiled, by_name[name], implementation)) for name in names]
@@ -265,6 +282,9 @@ def run(
   deadline: float,
   say: Callable[[str], None],
   silence: float = 100.0,
+  *,
+  known: Sequence[Any] = CHECKS,
+  module: str = __name__,
 ) -> dict[str, Any]:
   """Every check's row, and the verdict: "passed", "failed" or "unfinished".
 
@@ -272,13 +292,15 @@ def run(
     names: of checks; None is all.
     deadline: `time.monotonic()` after which no check is waited for.
     silence: seconds without a word after which a check counts as one that never ends.
+    known: every check that there is.
+    module: whose `main` runs them.
   """
-  waiting = [check.name for check in CHECKS] if names is None else list(names)
+  waiting = [check.name for check in known] if names is None else list(names)
   rows: list[dict[str, Any]] = []
   barren = 0  # processes in a row that finished no check
   while waiting and barren < 2 and time.monotonic() < deadline:
     barren += 1
-    for row in _process(implementation, tuple(waiting), deadline, silence):
+    for row in _process((module, implementation, *waiting), deadline, silence):
       rows.append(row)
       waiting.remove(row["name"])
       barren = 0 if row["quantities"] else barren
@@ -290,11 +312,11 @@ def run(
   return {"verdict": verdict, "rows": rows, "not_run": waiting}
 
 
-def _process(
-  implementation: str, names: Sequence[str], deadline: float, silence: float
-) -> Iterator[dict[str, Any]]:
-  """The rows of one process; the check at which it fell silent or ended early is one of them."""
-  command, waiting = [sys.executable, "-m", __name__, implementation, *names], list(names)
+def _process(words: tuple[str, ...], deadline: float, silence: float) -> Iterator[dict[str, Any]]:
+  """The rows of one process, given a module, an implementation and names; the check at which it
+  fell silent or ended early is one of them.
+  """
+  command, waiting = [sys.executable, "-m", *words], list(words[2:])
   lines: queue.Queue[str | None] = queue.Queue()
   with (
     tempfile.TemporaryFile("w+") as said,

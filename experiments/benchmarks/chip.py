@@ -21,24 +21,34 @@ from typing import Any
 import jax
 
 from attention import chips
-from experiments.benchmarks import checks, rivals, timing
-from experiments.benchmarks.cases import CHIP_SUITES, Case, ChipSuite
+from experiments.benchmarks import checks, linear_checks, linear_rivals, rivals, timing
+from experiments.benchmarks.cases import CHIP_SUITES, Case, ChipSuite, LinearCase
 from experiments.benchmarks.contenders import BOTH, Torch
 from experiments.benchmarks.rivals import Inputs, Ready
 from experiments.flags import UserError
 
+AnyCase = Case | LinearCase
 CHECKS_SHARE = 0.4  # of the time, at most
 RESERVE = 20.0  # seconds of it, for what comes before and after the measuring
 HANG = 240.0  # seconds without progress after which a kernel counts as one that never ends
-METHOD = (
+_TIMES = (
   "Each number is the mean time of calls that are queued up on the chip and waited for once; calls "
   "are repeated so that one measurement lasts 20 ms or more. Contenders take turns, every other "
   "round in reverse, and medians over rounds are judged. Backward is the pulled-back call of "
   "jax.vjp alone, its residuals held on the device (torch: autograd.grad with the graph kept); "
-  "forward+backward is the sum of the two, round by round. TFLOP/s count 2 B N T S (H + h) forward "
-  "and 2.5 times that backward, half of it where causal, and of windows and documents only the "
-  "pairs that may attend."
+  "forward+backward is the sum of the two, round by round. "
 )
+METHOD = {
+  "softmax": _TIMES
+  + "TFLOP/s count 2 B N T S (H + h) forward and 2.5 times that backward, half of "
+  "it where causal, and of windows and documents only the pairs that may attend.",
+  "linear": _TIMES
+  + "Gradients are of q, k, v and the decays. TB/s count every input and output of "
+  "a pass once, decays in float32, so that the chip's memory is what no pass exceeds.",
+}
+RIVALS = {"softmax": rivals, "linear": linear_rivals}
+CHECKS = {"softmax": checks.run, "linear": linear_checks.run}
+UNITS = {"softmax": ("tflops", "TFLOP/s"), "linear": ("terabytes", "TB/s")}
 
 
 def prepare(name: str) -> str:
@@ -83,7 +93,8 @@ def measure(
   results: dict[str, Any] = {
     "suite": name,
     "environment": dict(environment) | chip_environment(),
-    "method": METHOD,
+    "method": METHOD[suite.mechanism],
+    "mechanism": suite.mechanism,
     "ours": suite.ours,
     "dtype": suite.dtype,
     "cases": [case.row() for case in suite.cases],
@@ -94,9 +105,9 @@ def measure(
     "unmeasured": {case.name: "the run ended before it" for case in suite.cases},
   }
   until = start + CHECKS_SHARE * limit_s
-  results["checks"] = checks.run(suite.ours, suite.checks, until, say)
+  results["checks"] = CHECKS[suite.mechanism](suite.ours, suite.checks, until, say)
   save(results)
-  with Torch(torch_python) as torch:
+  with Torch(torch_python, RIVALS[suite.mechanism].WORKER) as torch:
     results["environment"]["torch"] = torch.versions
     results["environment"]["versions"] |= {"torch": torch.versions.get("torch")}
     results["absent"] = _absent(suite, torch)
@@ -111,7 +122,7 @@ def measure(
 
 def _absent(suite: ChipSuite, torch: Torch) -> dict[str, str]:
   names = dict.fromkeys(who for group in suite.contenders.values() for who in group)
-  return {who: why for who in names if (why := rivals.absent(who, suite, torch))}
+  return {who: why for who in names if (why := RIVALS[suite.mechanism].absent(who, suite, torch))}
 
 
 def _time_all(
@@ -144,45 +155,48 @@ def _time_all(
 
 
 def _compile(
-  suite: ChipSuite, group: Sequence[Case], absent: Mapping[str, str]
-) -> dict[Case, tuple[Inputs, dict[str, Ready]]]:
+  suite: ChipSuite, group: Sequence[AnyCase], absent: Mapping[str, str]
+) -> dict[AnyCase, tuple[Inputs, dict[str, Ready]]]:
   """The contenders of this process, of several cases, compiled side by side."""
-  given = {case: rivals.inputs(suite, case) for case in group}
+  library: Any = RIVALS[suite.mechanism]
+  given = {case: library.inputs(suite, case) for case in group}
   with ThreadPoolExecutor(os.cpu_count()) as pool:
     tasks = {
       (case, who): pool.submit(_prepared, who, suite, case, given[case])
       for case in group
       for who in (suite.ours, *suite.contenders[case.family])
-      if who not in absent and who not in rivals.TORCH
+      if who not in absent and who not in library.TORCH
     }
-  found: dict[Case, tuple[Inputs, dict[str, Ready]]] = {c: (given[c], {}) for c in group}
+  found: dict[AnyCase, tuple[Inputs, dict[str, Ready]]] = {c: (given[c], {}) for c in group}
   for (case, who), task in tasks.items():
     found[case][1][who] = task.result()
   return found
 
 
-def _prepared(who: str, suite: ChipSuite, case: Case, given: Inputs) -> Ready:
+def _prepared(who: str, suite: ChipSuite, case: AnyCase, given: Inputs) -> Ready:
+  library: Any = RIVALS[suite.mechanism]
   try:
-    return rivals.prepare(rivals.rival(who, suite, case), given)
+    return rivals.prepare(library.rival(who, suite, case), given)
   except Exception as problem:  # a library that cannot be imported, or has changed
     return Ready({}, dict.fromkeys(rivals.KINDS, rivals.one_line(problem)))
 
 
 def _time_case(
   suite: ChipSuite,
-  case: Case,
+  case: AnyCase,
   ready: dict[str, Ready],
   torch: Torch,
   results: dict[str, Any],
 ) -> int:
   """Times one case and writes its rows, and who could not take part; returns how many there are."""
+  library: Any = RIVALS[suite.mechanism]
   by_torch = [
     who
     for who in suite.contenders[case.family]
-    if who in rivals.TORCH and who not in results["absent"]
+    if who in library.TORCH and who not in results["absent"]
   ]
   if by_torch:
-    ready = ready | rivals.prepare_torch(by_torch, suite, case, torch)
+    ready = ready | library.prepare_torch(by_torch, suite, case, torch)
   timers: dict[tuple[str, str], timing.Timer] = {}
   for who, one in ready.items():
     wrong = _wrong(suite, who, one)
@@ -216,15 +230,15 @@ def _wrong(suite: ChipSuite, who: str, one: Ready) -> str:
   return f"its answer is wrong: an error of {one.error:.3g} of the largest value of a row"
 
 
-def _rows(case: Case, measured: Mapping[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(
+  case: AnyCase, measured: Mapping[tuple[str, str], dict[str, Any]]
+) -> list[dict[str, Any]]:
   rows = dict(measured)
   for who, kind in measured:
     if kind == rivals.BACKWARD and (who, rivals.FORWARD) in measured:
       rows[who, BOTH] = timing.added(measured[who, rivals.FORWARD], measured[who, kind])
   return [
-    {"contender": who, "kind": kind, **case.row()}
-    | row
-    | {"tflops": case.operations(kind) / row["median"] / 1e12}
+    {"contender": who, "kind": kind, **case.row()} | row | case.rate(kind, row["median"])
     for (who, kind), row in rows.items()
   ]
 
@@ -251,10 +265,11 @@ def watched(what: str, say: Callable[[str], None]) -> Generator[None]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """TFLOP/s, a line per case and kind, a column per contender; then what is wrong or missing."""
-  rows = {(r["case"], r["kind"], r["contender"]): r["tflops"] for r in results["times"]}
+  """Rates, a line per case and kind, a column per contender; then what is wrong or missing."""
+  unit, title = UNITS[results.get("mechanism", "softmax")]
+  rows = {(r["case"], r["kind"], r["contender"]): r[unit] for r in results["times"]}
   names = list(dict.fromkeys(who for _, _, who in rows))
-  lines = [f"{'TFLOP/s':<46}" + "".join(f"{name:>17}" for name in names)]
+  lines = [f"{title:<46}" + "".join(f"{name:>17}" for name in names)]
   for case, kind in dict.fromkeys((case, kind) for case, kind, _ in rows):
     cells = (rows.get((case, kind, name)) for name in names)
     texts = (f"{'' if cell is None else f'{cell:.4g}':>17}" for cell in cells)

@@ -131,14 +131,14 @@ def error(contender: Contender, suite: Suite, T: int) -> float:
 class Torch:
   """The worker, and what is said to it. `absent` tells why there is none. To be used by `with`."""
 
-  def __init__(self, python: str = "") -> None:
+  def __init__(self, python: str = "", module: str = torch_worker.__name__) -> None:
     self.absent: str | None = None
     self.versions: dict[str, Any] = {}
     self._open = contextlib.ExitStack()
     if not python and importlib.util.find_spec("torch") is None:
       self.absent = "torch is not installed (another Python that has it: --torch_python=PATH)"
       return
-    command = [python or sys.executable, "-m", torch_worker.__name__]
+    command = [python or sys.executable, "-m", module]
     # Ruff does not see that the exit stack closes it.
     self._said = self._open.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
     pipe = subprocess.PIPE
@@ -194,10 +194,12 @@ class Torch:
     """Hands over the same numbers that the others read."""
     self.hand_over(arguments(suite, T))
 
-  def hand_over(self, arrays: Sequence[jax.Array]) -> None:
-    """q, k, v and the output's cotangent, float32 [B T N H]."""
+  def hand_over(
+    self, arrays: Sequence[jax.Array], names: Sequence[str] = torch_worker.NAMES
+  ) -> None:
+    """q, k, v and the output's cotangent, float32 [B T N H]; or as they are called."""
     with tempfile.TemporaryDirectory() as folder:
-      for name, array in zip(torch_worker.NAMES, arrays, strict=True):
+      for name, array in zip(names, arrays, strict=True):
         pathlib.Path(folder, name).write_bytes(np.asarray(array).tobytes())
       self.ask("load", folder=folder, shape=list(arrays[0].shape))
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import dot_product_attention
-from experiments.benchmarks import timing
+from experiments.benchmarks import timing, torch_worker
 from experiments.benchmarks.cases import Case, ChipSuite
 from experiments.benchmarks.contenders import FORWARD, Torch
 from experiments.benchmarks.timing import Timer
@@ -25,6 +25,7 @@ BACKWARD: Final = "backward"
 KINDS: Final = (FORWARD, BACKWARD)
 # Largest error of an answer that counts as right, as a share of the largest true value.
 TOLERANCE: Final[Mapping[str, float]] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
+WORKER: Final = torch_worker.__name__
 ROWS = 16  # queries of each batch row whose answer is looked at
 TORCH: Final[Mapping[str, str]] = {
   "torch flash": "FLASH_ATTENTION",
@@ -47,7 +48,9 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rival:
-  """A function of q, k, v `B T N H` and, by keyword, the arrays that say who may attend."""
+  """A function of q, k, v `B T N H`, decays if any, and, by keyword, the arrays that say who may
+  attend.
+  """
 
   attend: Callable[..., jax.Array]
   arrays: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -121,7 +124,7 @@ class Inputs(NamedTuple):
   """What every contender of a case is given, and the truth about some rows."""
 
   arrays: tuple[jax.Array, ...]
-  """q, k, v and the output's cotangent."""
+  """q, k, v, decays if any, and the output's cotangent."""
   rows: np.ndarray
   truth: np.ndarray
   """float32 `B rows N H`."""
@@ -167,10 +170,10 @@ def error(out: np.ndarray, truth: np.ndarray) -> float:
 
 def prepare(contender: Rival, given: Inputs) -> Ready:
   """Compiles and runs both passes once. Whatever a contender fails with is why it is refused."""
-  q, k, v, d_out = (x.astype(contender.dtype or x.dtype) for x in given.arrays)
+  q, *others, d_out = (x.astype(contender.dtype or x.dtype) for x in given.arrays)
   q = q * q.shape[-1] ** -0.5 if contender.scaled else q
-  forward = jax.jit(lambda q, k, v, arrays: contender.attend(q, k, v, **arrays))
-  arguments = q, k, v, contender.arrays
+  forward = jax.jit(lambda operands, arrays: contender.attend(*operands, **arrays))
+  arguments = (q, *others), contender.arrays
   try:
     out = np.asarray(forward(*arguments)[:, given.rows], np.float32)
   except Exception as problem:
@@ -186,8 +189,8 @@ def prepare(contender: Rival, given: Inputs) -> Ready:
 def _backward_timer(contender: Rival, arguments: tuple[Any, ...], d_out: jax.Array) -> Timer:
   """The backward pass alone: what the forward pass leaves for it stays on the device."""
 
-  def start(q, k, v, arrays):
-    return jax.vjp(lambda q, k, v: contender.attend(q, k, v, **arrays), q, k, v)[1]
+  def start(operands, arrays):
+    return jax.vjp(lambda *given: contender.attend(*given, **arrays), *operands)[1]
 
   pull_back = jax.jit(lambda pull, d_out: pull(d_out))
   pull = jax.jit(start)(*arguments)

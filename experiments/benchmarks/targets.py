@@ -2,8 +2,8 @@
 
 A target asks for one number: the `ratio` of two rows' median times, the `exponent` of time in T
 over all lengths of a contender, or the `memory` that a call adds, as a multiple of q, k, v and the
-output together; on a chip also the `rate` of a row in TFLOP/s, as a multiple of the number that
-somebody has `published`, if one is given. A row is written contender/kind/T, or on a chip
+output together; on a chip also the `rate` of a row in TFLOP/s or TB/s, as a multiple of the number
+that somebody has `published`, if one is given. A row is written contender/kind/T, or on a chip
 contender/kind/case. Where the first of a ratio is a list, it is the fastest of those that were
 measured. A number that was not measured is not met.
 """
@@ -86,8 +86,9 @@ def _measure(
     return over["median"] / under["median"], (min(rounds), statistics.median(rounds), max(rounds))
   if "rate" in target:
     row, unit = times[target["rate"]], target.get("published", {}).get("tflops", 1.0)
-    rates = [row["tflops"] * row["median"] / seconds / unit for seconds in row["seconds"]]
-    return row["tflops"] / unit, (min(rates), statistics.median(rates), max(rates))
+    rate = row["tflops"] if "tflops" in row else row["terabytes"]
+    rates = [rate * row["median"] / seconds / unit for seconds in row["seconds"]]
+    return rate / unit, (min(rates), statistics.median(rates), max(rates))
   if "exponent" in target:
     rows = [row for name, row in times.items() if name.rpartition("/")[0] == target["exponent"]]
     if len(rows) < 2:

@@ -63,12 +63,8 @@ class Worker:
 
   def load(self, folder: str, shape: list[int]) -> dict[str, Any]:
     """Reads q, k, v and the output's cotangent, written as float32 [B, T, N, H]."""
-    tensors = []
-    for name in NAMES:
-      data = bytearray(pathlib.Path(folder, name).read_bytes())
-      flat = self.torch.frombuffer(data, dtype=self.torch.float32)
-      tensors.append(flat.reshape(shape).transpose(1, 2).contiguous())
-    self._keep(tensors)
+    tensors = (read(self.torch, folder, name, shape) for name in NAMES)
+    self._keep([x.transpose(1, 2).contiguous() for x in tensors])
     return {}
 
   def attend(self, backend: str) -> Any:
@@ -94,18 +90,10 @@ class Worker:
       self.kept[backend] = self.attend(backend)
     return gradients(self.kept[backend], self.inputs, self.cotangent, retain_graph=True)
 
-  def _wait(self) -> None:
-    if self.device == "cuda":
-      self.torch.cuda.synchronize()
-
   def time(self, kind: str, repeats: int, backend: str = "") -> dict[str, Any]:
-    """Seconds per call; on a chip the calls queue up and are waited for once."""
-    self._wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-      self.once(kind, backend)
-    self._wait()
-    return {"seconds": (time.perf_counter() - start) / repeats}
+    """Seconds per call."""
+    once = functools.partial(self.once, kind, backend)
+    return {"seconds": seconds(self.torch, self.device, once, repeats)}
 
   def memory(self, kind: str) -> dict[str, Any]:
     """Bytes by which one call raises the peak of this process."""
@@ -119,10 +107,32 @@ class Worker:
 
   def answer(self, folder: str, backend: str = "") -> dict[str, Any]:
     """Writes the output, float32 [B, T, N, H]."""
-    out = self.once("forward", backend).transpose(1, 2).float().cpu().contiguous()
-    content = ctypes.string_at(out.data_ptr(), out.numel() * out.element_size())
-    pathlib.Path(folder, "out").write_bytes(content)
+    write(folder, self.once("forward", backend).transpose(1, 2))
     return {}
+
+
+def seconds(torch: Any, device: str, once: Any, repeats: int) -> float:
+  """Per call of `once`; on a chip the calls queue up and are waited for once."""
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+  wait()
+  start = time.perf_counter()
+  for _ in range(repeats):
+    once()
+  wait()
+  return (time.perf_counter() - start) / repeats
+
+
+def write(folder: str, out: Any) -> None:
+  """An output as float32, to be read by whoever asked."""
+  out = out.detach().float().cpu().contiguous()
+  content = ctypes.string_at(out.data_ptr(), out.numel() * out.element_size())
+  pathlib.Path(folder, "out").write_bytes(content)
+
+
+def read(torch: Any, folder: str, name: str, shape: list[int]) -> Any:
+  """An array that was written as float32."""
+  data = bytearray(pathlib.Path(folder, name).read_bytes())
+  return torch.frombuffer(data, dtype=torch.float32).reshape(shape)
 
 
 def fla(*qkv: Any, **options: Any) -> Any:
@@ -143,12 +153,17 @@ def _fla() -> Any:
 
 
 def main() -> None:
+  """Serves softmax attention."""
+  serve(Worker)
+
+
+def serve(make: Any) -> None:
   """Serves requests {"do": method, ...} until the input ends."""
   replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what torch prints is no reply
   torch = importlib.import_module("torch")
   torch.set_num_threads(resident.cores())
-  worker = Worker(torch)
+  worker = make(torch)
   print(json.dumps(versions(torch)), file=replies)
   for line in sys.stdin:
     request = json.loads(line)

@@ -140,8 +140,9 @@ def search(
     "tried": [],
     "not_tuned": [],
   }
-  longest = max(case.T for case in suite.cases)
-  cases = [c for c in suite.cases if longest == c.T and c.mask in ("full", "causal")]
+  softmax = [case for case in suite.cases if isinstance(case, Case)]
+  longest = max(case.T for case in softmax)
+  cases = [case for case in softmax if longest == case.T and case.mask in ("full", "causal")]
   for index, case in enumerate(cases):
     bench = Bench(suite, case, rivals.inputs(suite, case))
     if index == 0:
