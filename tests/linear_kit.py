@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,19 @@ class Problem(NamedTuple):
       begins = begins.reshape((1, T) + (1,) * (len(shape) - 2))
       g = jnp.where(begins, linear.FORGET, g)
     return g
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, longest: int, dtype: str) -> Problem:
+  """Small calls of every decay, odd lengths and widths, shared heads, documents, normalizers."""
+  Nq, K, Kv = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1)]))
+  normalize = draw(st.booleans())
+  return Problem(
+    T=draw(st.integers(1, longest)), B=1, Nq=Nq, K=K, Kv=Kv, M=draw(st.integers(1, 72)),
+    h=draw(st.integers(1, 72)), decay=draw(st.sampled_from(DECAYS)), normalize=normalize,
+    scale=1.0 if normalize else draw(st.sampled_from([0.3, 1.0])), dtype=dtype,
+    document=draw(st.sampled_from([0, 7, 50])), harsh=draw(st.booleans()),
+  )  # fmt: skip
 
 
 def recurrence(

@@ -2,6 +2,7 @@
 detector that fails on a race, against the recurrence in float64: every result and every gradient.
 """
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,19 @@ def _interpreter():
 def test_results_and_gradients(name):
   with _interpreter():
     linear_kit.check(linear_hopper, PROBLEMS[name], on_chip=False)
+
+
+@hypothesis.settings(
+  max_examples=3,
+  deadline=None,
+  derandomize=True,
+  database=None,
+  phases=[hypothesis.Phase.generate],
+)
+@hypothesis.given(linear_kit.problems(longest=80, dtype="bfloat16"))
+def test_any_call(problem):
+  with _interpreter():
+    linear_kit.check(linear_hopper, problem, on_chip=False)
 
 
 def test_a_document_does_not_see_the_one_before():

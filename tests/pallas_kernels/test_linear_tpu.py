@@ -2,6 +2,7 @@
 the recurrence in float64: every result and every gradient by name.
 """
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +51,19 @@ def _interpreter():
 def test_results_and_gradients(name):
   with _interpreter():
     linear_kit.check(linear_tpu, PROBLEMS[name])
+
+
+@hypothesis.settings(
+  max_examples=3,
+  deadline=None,
+  derandomize=True,
+  database=None,
+  phases=[hypothesis.Phase.generate],
+)
+@hypothesis.given(linear_kit.problems(longest=160, dtype="float32"))
+def test_any_call(problem):
+  with _interpreter():
+    linear_kit.check(linear_tpu, problem)
 
 
 def test_a_document_does_not_see_the_one_before():
