@@ -25,7 +25,7 @@ from typing import Any
 from experiments import flags, provenance
 from experiments.compiling import rules, worker
 from experiments.compiling.programs import PROGRAMS
-from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES
+from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES, STEP
 from experiments.flags import UserError, knob
 from pallas_kernels import aot
 
@@ -38,15 +38,16 @@ EVERY, OURS = "all", "ours"
 class Options:
   """The command line."""
 
-  kernels: str = knob(EVERY, "Mechanisms or programs, with commas: flash, ours, jax-splash...")
+  kernels: str = knob(EVERY, "Mechanisms or programs, with commas: flash, linear, ours...")
   chips: str = knob(EVERY, f"Chips, with commas: {', '.join(aot.CHIPS)}.")
   shapes: str = knob(EVERY, f"Shapes, with commas: {', '.join(SHAPES)}.")
-  passes: str = knob(EVERY, "forward, backward, or both with a comma.")
+  passes: str = knob(EVERY, "forward, backward, step, with commas.")
   jobs: int = knob(0, "Processes at once; 0 is one per core.", "[0, 1024]")
   timeout: float = knob(600.0, "Seconds after which a compiler is given up.", "(0, 86400]")
   check: bool = knob(False, "Exit 1, naming each row of ours that breaks a rule.")
   against: str = knob("", "Results whose peers set the time to beat, too; empty is the committed.")
   out: str = knob("", "Results, JSON; empty is experiments/results/compile_check.json.")
+  add: bool = knob(False, "Keep the rows of --out that are not compiled anew.")
   compile: bool = knob(True, "False prints and judges what --out holds.")
 
 
@@ -92,7 +93,7 @@ def plan(options: Options) -> Plan:
   """The jobs that a command line asks for."""
   chips = chosen("--chips", options.chips, list(aot.CHIPS))
   shapes = chosen("--shapes", options.shapes, list(SHAPES))
-  passes = chosen("--passes", options.passes, [FORWARD, BACKWARD])
+  passes = chosen("--passes", options.passes, [FORWARD, BACKWARD, STEP])
   names = programs(options.kernels)
   absent = {chip: why for chip in chips if (why := aot.missing(aot.CHIPS[chip]))}
   absent |= {name: why for name in names if (why := PROGRAMS[name].absent)}
@@ -100,10 +101,12 @@ def plan(options: Options) -> Plan:
     worker.Job(chip, name, kind, shape, setting)
     for chip, shape, kind, name in itertools.product(chips, shapes, passes, names)
     if not {chip, name} & set(absent) and PROGRAMS[name].platform == aot.CHIPS[chip].platform
-    for setting in range(len(PROGRAMS[name].settings[kind]))
+    if PROGRAMS[name].mechanism == SHAPES[shape].mechanism
+    for setting in range(len(PROGRAMS[name].settings.get(kind, ())))
   ]
   if not jobs and not absent:
-    raise UserError(f"--kernels={options.kernels} has nothing for --chips={options.chips}")
+    what = f"--chips={options.chips} --shapes={options.shapes} --passes={options.passes}"
+    raise UserError(f"--kernels={options.kernels} has nothing for {what}")
   return Plan(jobs, absent)
 
 
@@ -131,6 +134,16 @@ def compile_all(jobs: Sequence[worker.Job], processes: int, timeout: float) -> l
         | dict(rules.best_setting(results))
       )  # fmt: skip
   return rows
+
+
+def merged(
+  kept: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+  """Rows of several runs, the newest of each, in the order of a run of everything."""
+  rows = {(*rules.key(row), row["program"]): row for row in (*kept, *made)}
+  orders = (list(aot.CHIPS), list(SHAPES), [FORWARD, BACKWARD, STEP], list(PROGRAMS))
+  place = lambda what: [order.index(name) for order, name in zip(orders, what, strict=True)]
+  return [rows[what] for what in sorted(rows, key=place)]
 
 
 def environment() -> dict[str, Any]:
@@ -161,7 +174,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 NAMES = ("chip", "shape", "pass", "program", "seconds")
 HOPPER = (*NAMES, "registers", "spills", "shared", "barriers", "setmaxnreg", "HGMMA", "warnings")
-TPU = (*NAMES, "VMEM KiB", "loop", "visit", "matrix", "vector", "spills", "predicted", "of peak")
+TPU = (*NAMES, "VMEM KiB", "loop", "visit", "matrix", "vector", "spills", "predicted", "of bound")
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
@@ -192,6 +205,10 @@ def _tpu_cells(row: Mapping[str, Any]) -> list[str]:
   if not row["ok"]:
     return [row["error"]]
   predicted, share = row["predicted"], row["share"]
+  if not row["kernels"]:
+    estimated, held = row.get("estimated"), row.get("temporary", 0) / 2**20
+    time = "no time" if estimated is None else f"{estimated * 1e3:.3f} ms"
+    return [f"no kernel; XLA's own estimate {time}, temporary {held:.0f} MiB"]
   return [
     _each(row, lambda k: k["vmem"] >> 10),
     _each(row, lambda k: k["loop"]),
@@ -228,7 +245,8 @@ def main(argv: Sequence[str]) -> int:
     if not asked.jobs:
       raise UserError("; ".join(f"{what}: {why}" for what, why in asked.absent.items()))
     processes = options.jobs or len(os.sched_getaffinity(0))
-    rows = compile_all(asked.jobs, processes, options.timeout)
+    kept = _read(path)["rows"] if options.add and path.exists() else []
+    rows = merged(kept, compile_all(asked.jobs, processes, options.timeout))
     results: dict[str, Any] = {
       "environment": environment(), "absent": asked.absent, "rows": rows
     }  # fmt: skip

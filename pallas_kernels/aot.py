@@ -42,6 +42,8 @@ class Chip(NamedTuple):
   """Cycles per second."""
   fast_memory: int
   """Bytes of shared memory of a block, or of VMEM of a core."""
+  bandwidth: float
+  """Bytes per second between what JAX calls one device and its memory."""
   cores: int = 1
   """TensorCores that share a device and split a parallel grid axis among them."""
   delay_slots: int = 0
@@ -49,16 +51,17 @@ class Chip(NamedTuple):
 
 
 # Peaks are NVIDIA's H200 data sheet (dense) and, for TPUs, https://cloud.google.com/tpu/docs/v5e,
-# v5p, v6e and tpu7x; a TPU7x chip is two devices. TPU clocks are peak / operations per cycle: four
+# v5p, v6e and tpu7x; a TPU7x chip is two devices. Bandwidths are from there,
+# too. TPU clocks are peak / operations per cycle: four
 # (v5p: twice four) units of 128 x 128, or two of 256 x 256 that do two rows a cycle (the estimated
 # cycles in the HLO of a large product rule out one), a multiply-add being two. VMEM is that of
 # `pltpu.get_tpu_info_for_chip`.
 CHIPS: Final[Mapping[str, Chip]] = {
-  "h200": Chip("cuda", "1x1x1", "NVIDIA H200", 989e12, 1.98e9, 232448),
-  "v5e": Chip("tpu", "v5e:2x2", "TPU v5 lite", 197e12, 1.5e9, 128 << 20, delay_slots=4),
-  "v5p": Chip("tpu", "v5p:2x2x1", "TPU v5", 459e12, 1.75e9, 64 << 20, cores=2, delay_slots=4),
-  "v6e": Chip("tpu", "v6e:2x2", "TPU v6 lite", 918e12, 1.75e9, 128 << 20, delay_slots=4),
-  "tpu7x": Chip("tpu", "tpu7x:2x2x1", "TPU7x", 1153.5e12, 2.2e9, 64 << 20, delay_slots=6),
+  "h200": Chip("cuda", "1x1x1", "NVIDIA H200", 989e12, 1.98e9, 232448, 4.8e12),
+  "v5e": Chip("tpu", "v5e:2x2", "TPU v5 lite", 197e12, 1.5e9, 128 << 20, 819e9, delay_slots=4),
+  "v5p": Chip("tpu", "v5p:2x2x1", "TPU v5", 459e12, 1.75e9, 64 << 20, 2765e9, 2, delay_slots=4),
+  "v6e": Chip("tpu", "v6e:2x2", "TPU v6 lite", 918e12, 1.75e9, 128 << 20, 1640e9, delay_slots=4),
+  "tpu7x": Chip("tpu", "tpu7x:2x2x1", "TPU7x", 1153.5e12, 2.2e9, 64 << 20, 3690e9, delay_slots=6),
 }
 
 # A text proto of XLA's GpuTargetConfigProto: facts of the chip, compute capability 9.0.

@@ -150,7 +150,9 @@ def parse(bundles: str, utilization: str, delay_slots: int) -> Schedule:
 
 
 def hot(schedule: Schedule) -> list[Node]:
-  """The innermost loops and regions that hold the matrix instructions; the program if none does."""
+  """The innermost loops and regions that hold the matrix instructions; if none does, the loop that
+  all is in, or the program.
+  """
   least = HOT * schedule.instructions(schedule.root, "MXU")
 
   def find(node: Node) -> list[Node]:
@@ -160,7 +162,8 @@ def hot(schedule: Schedule) -> list[Node]:
     count = schedule.instructions(node, "MXU")
     return [node] if count and count >= least else []
 
-  return find(schedule.root) or [schedule.root]
+  loops = [child for child in schedule.root.children if child.kind == "loop"]
+  return find(schedule.root) or (loops if len(loops) == 1 else [schedule.root])
 
 
 def hot_loop(schedule: Schedule) -> Node:
@@ -188,12 +191,13 @@ class Trips(NamedTuple):
   """Steps of the grid, those that visit nothing included."""
 
 
-def cycles(schedule: Schedule, trips: Trips) -> float | None:
+def cycles(schedule: Schedule, trips: Trips, *, starts_inside: bool = False) -> float | None:
   """Bundles that the whole kernel starts, or None if its shape is not one that we understand.
 
   Known shapes: one hot node that every visit runs, or two, of which the shorter runs for full and
   the longer for mixed blocks. What is around hot regions runs once a step, what is around hot loops
-  once a row. A part without matrix instructions runs once a row, or with the hot node it is in.
+  once a row. A part without matrix instructions runs once a row, or with the hot node it is in;
+  with `starts_inside` also there once a row, as where a step that works starts a row first.
   """
   nodes = hot(schedule)
   if len(nodes) > 2:
@@ -202,20 +206,22 @@ def cycles(schedule: Schedule, trips: Trips) -> float | None:
   if len(nodes) == 2:
     short, long = sorted(nodes, key=lambda node: node.bundles)
     visits = {short: trips.full, long: trips.mixed}
-  return _cycles(schedule.root, 1.0, visits, trips)
+  return _cycles(schedule.root, 1.0, visits, trips, starts_inside)
 
 
-def _cycles(node: Node, times: float, visits: Mapping[Node, float], trips: Trips) -> float:
+def _cycles(
+  node: Node, times: float, visits: Mapping[Node, float], trips: Trips, starts_inside: bool
+) -> float:
   total = node.own * times
   for child in node.children:
     inner = [n for n in visits if child.start <= n.start and n.end <= child.end]
     if child in visits:
       runs = visits[child]
     elif not inner:
-      runs = times if node in visits else min(times, trips.rows)
+      runs = times if node in visits and not starts_inside else min(times, trips.rows)
     elif any(n.kind == "loop" for n in inner):
       runs = trips.rows
     else:
       runs = trips.steps
-    total += _cycles(child, runs, visits, trips)
+    total += _cycles(child, runs, visits, trips, starts_inside)
   return total

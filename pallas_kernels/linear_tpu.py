@@ -44,7 +44,7 @@ from pallas_kernels.linear_tpu_tiles import CHUNK, Shape, heads, product
 
 __all__ = ["backward", "forward", "step", "unsupported"]
 
-_HEADS = 8
+HEADS = 8
 """At most so many heads a step."""
 
 
@@ -61,7 +61,7 @@ def forward(
   q: Array, k: Array, v: Array, g: Array | None, state: State, settings: Settings
 ) -> tuple[Array, Array | None, State]:
   """(out, weight, state)."""
-  shape = linear_tpu_tiles.shape(q, k, v, g, _HEADS)
+  shape = linear_tpu_tiles.shape(q, k, v, g, HEADS)
   inputs, specs = linear_tpu_tiles.operands(shape, (q, k, v), g)
   ends = [shape.head(shape.h, shape.M), shape.head(1, shape.M)]
   kv, z = linear_tpu_tiles.entering(state)

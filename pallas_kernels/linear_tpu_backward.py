@@ -50,7 +50,7 @@ from pallas_kernels.linear_tpu_tiles import (
   product,
 )
 
-_HEADS = 4
+HEADS = 4
 """At most so many heads a step."""
 
 _ROW, _READ, _COLUMN, _WRITE, _TOTAL = range(5)
@@ -69,7 +69,7 @@ def backward(
   settings: Settings,
 ) -> tuple[Array, Array, Array, Array | None, State]:
   """(dq, dk, dv, dg, d_state)."""
-  shape = linear_tpu_tiles.shape(q, k, v, g, _HEADS)
+  shape = linear_tpu_tiles.shape(q, k, v, g, HEADS)
   per_channel = g is not None and g.ndim == 4
   scale, d_weight = settings.scale, 0.0
   if normalized is not None:

@@ -21,6 +21,11 @@ _HEADS = 8
 """At most, of a step of the grid: the rows of a register."""
 
 
+def heads_a_step(N: int) -> int:
+  """Of N heads, so many are worked on at once."""
+  return max(n for n in range(1, _HEADS + 1) if N % n == 0)
+
+
 def step(
   q: Array, k: Array, v: Array, g: Array | None, state: State, settings: Settings
 ) -> tuple[Array, State]:
@@ -29,7 +34,7 @@ def step(
   g = jnp.zeros((1, 1, 1)) if g is None else g if g.ndim == 3 else g[..., None]
   fade = jnp.broadcast_to(jnp.exp(g), (B, N, M))
   z = jnp.zeros((B, N, M), jnp.float32) if state.z is None else state.z
-  per = max(n for n in range(1, _HEADS + 1) if N % n == 0)
+  per = heads_a_step(N)
 
   def rows_of(x):
     x = jnp.repeat(x.astype(jnp.float32), N // x.shape[1], 1).reshape(B, N // per, per, -1)

@@ -14,8 +14,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from experiments.compiling import ours
-from experiments.compiling.shapes import BACKWARD, FORWARD, Shape, trips
+from experiments.compiling import linear, ours
+from experiments.compiling.shapes import BACKWARD, FORWARD, STEP, Shape, trips
 from experiments.compiling.work import Built, Work
 
 Settings = Mapping[str, Any]
@@ -27,10 +27,10 @@ class Program:
 
   platform: str
   """"cuda" or "tpu"."""
-  build: Callable[[Shape, str, Settings], Built]
-  """(shape, "forward" or "backward", settings) -> what is compiled."""
+  build: Callable[[Any, str, Settings], Built]
+  """(shape of its mechanism, kind, settings) -> what is compiled."""
   settings: Mapping[str, tuple[Settings, ...]]
-  """Kind -> what is tried; the best counts."""
+  """Kind of pass -> what is tried; the best counts."""
   mechanism: str = "flash"
   ours: bool = False
   module: str = ""
@@ -179,6 +179,8 @@ def _settings(
   return {FORWARD: forward, BACKWARD: backward}
 
 
+_EACH: Final = {FORWARD: ({},), BACKWARD: ({},), STEP: ({},)}
+
 PROGRAMS: Final[Mapping[str, Program]] = {
   "ours-hopper": Program(
     platform="cuda", build=functools.partial(ours.build, "hopper"), ours=True,
@@ -213,5 +215,17 @@ PROGRAMS: Final[Mapping[str, Program]] = {
       ({"blocks": (512, 1024, 512)}, {"blocks": (1024, 1024, 512)}, {"blocks": (1024, 2048, 512)}),
       ({"blocks": (512, 1024, 512)}, {"blocks": (1024, 1024, 512)}),
     ),
+  ),
+  "linear-hopper": Program(
+    platform="cuda", build=functools.partial(linear.build, "hopper"), settings=_EACH,
+    mechanism="linear", ours=True,
+  ),
+  "linear-tpu": Program(
+    platform="tpu", build=functools.partial(linear.build, "tpu"), settings=_EACH,
+    mechanism="linear", ours=True,
+  ),
+  "linear-xla": Program(
+    platform="tpu", build=functools.partial(linear.build, "chunked"), settings=_EACH,
+    mechanism="linear",
   ),
 }  # fmt: skip

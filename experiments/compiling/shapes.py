@@ -1,17 +1,22 @@
-"""Calls of softmax attention as data (B=1, T=S, causal, bfloat16), and the work in them."""
+"""Calls as data, bfloat16, and the work in them: of softmax attention (B=1, T=S, causal), and of
+linear attention at the shapes of fla's registry.
+"""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
+from typing import ClassVar, Final
 
 import jax.numpy as jnp
 import numpy as np
 
 from attention import masks
 from attention.masks import Mask, Span
+from pallas_kernels import aot
 from pallas_kernels.bundles import Trips
 
 FORWARD, BACKWARD = "forward", "backward"
+STEP = "step"
+"""One token more, of linear attention."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +32,23 @@ class Shape:
   window: int | None = None
   documents: int = 1
   """How many documents of equal length are packed into the row."""
+  mechanism: ClassVar[str] = "flash"
 
 
-SHAPES: Final[Mapping[str, Shape]] = {
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+  """A call of `linear_attention`; keys and values are of one width."""
+
+  B: int
+  T: int
+  N: int
+  H: int
+  decay: str
+  """"token" or "channel"."""
+  mechanism: ClassVar[str] = "linear"
+
+
+_SOFTMAX: Final[Mapping[str, Shape]] = {
   "7b_4k": Shape(what="a 7B model", T=4096, N=32, K=8, H=128, h=128),
   "7b_32k": Shape(what="a 7B model, long", T=32768, N=32, K=8, H=128, h=128),
   "h64_4k": Shape(what="narrow heads", T=4096, N=32, K=8, H=64, h=64),
@@ -42,6 +61,16 @@ SHAPES: Final[Mapping[str, Shape]] = {
     what="a 7B model, four documents", T=8192, N=32, K=8, H=128, h=128, documents=4
   ),
 }
+
+# flash-linear-attention's registry of benchmarks: (B, T, N, H).
+_REGISTRY: Final = ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256))
+_LINEAR: Final[Mapping[str, LinearShape]] = {
+  f"{B}x{T >> 10}k_{N}x{H}_{decay}": LinearShape(B=B, T=T, N=N, H=H, decay=decay)
+  for decay in ("token", "channel")
+  for B, T, N, H in _REGISTRY
+}
+
+SHAPES: Final[Mapping[str, Shape | LinearShape]] = {**_SOFTMAX, **_LINEAR}
 
 
 def mask(shape: Shape) -> Mask:
@@ -67,6 +96,24 @@ def flops(shape: Shape, kind: str) -> int:
   H, h = shape.H, shape.h
   widths = H + h if kind == FORWARD else 3 * H + 2 * h
   return 2 * shape.N * pairs(shape) * widths
+
+
+def moved(shape: LinearShape, kind: str) -> int:
+  """Bytes that have to move: every input and output once, decays in float32; of a step its state
+  there and back.
+  """
+  each = shape.B * shape.N * (1 if kind == STEP else shape.T)
+  arrays = 7 if kind == BACKWARD else 4
+  decays = 4 * (shape.H if shape.decay == "channel" else 1) * (2 if kind == BACKWARD else 1)
+  states = 2 * 4 * shape.H**2 if kind == STEP else 0
+  return each * (arrays * 2 * shape.H + decays + states)
+
+
+def least(shape: Shape | LinearShape, kind: str, chip: aot.Chip) -> float:
+  """Seconds that a chip cannot do without: its matrix units', or its memory's."""
+  if isinstance(shape, LinearShape):
+    return moved(shape, kind) / chip.bandwidth
+  return flops(shape, kind) / chip.peak
 
 
 def visits(shape: Shape, block_q: int, block_k: int) -> tuple[np.ndarray, np.ndarray]:

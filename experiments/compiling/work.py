@@ -15,6 +15,8 @@ class Work(NamedTuple):
   """Over all heads."""
   parallel: bool = True
   """Whether the cores of a device share its grid."""
+  starts_inside: bool = False
+  """Whether what starts a row lies within what every step runs."""
 
 
 class Built(NamedTuple):
@@ -29,3 +31,5 @@ class Built(NamedTuple):
   """Names of kernels that are compiled with it and do not count: its forward pass, index maps. One
   that is neither here nor there makes its time unknown.
   """
+  whole: bool = False
+  """Whether all of it is XLA's, so that XLA's estimate of it is asked for."""

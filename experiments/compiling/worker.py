@@ -21,8 +21,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.compiling import estimates
 from experiments.compiling.programs import PROGRAMS
-from experiments.compiling.shapes import SHAPES, flops
+from experiments.compiling.shapes import SHAPES, least
 from experiments.compiling.work import Built
 from pallas_kernels import aot, bundles
 
@@ -94,7 +95,7 @@ def compile_job(job: Job, dump: str) -> dict[str, Any]:
   start = time.monotonic()
   try:
     built = program.build(shape, job.kind, settings)
-    aot.compile_for(chip, built.function, *built.arguments)
+    compiled = aot.compile_for(chip, built.function, *built.arguments)
   except Exception as error:  # whatever a compiler or a peer raises is what is asked for
     return _failed(shortened(f"{type(error).__name__}: {error}")) | {"settings": dict(settings)}
   found: dict[str, Any] = {"ok": True, "error": None, "seconds": time.monotonic() - start}
@@ -102,14 +103,20 @@ def compile_job(job: Job, dump: str) -> dict[str, Any]:
     kernels = [kernel._asdict() for kernel in aot.read_hopper(dump)]
     found |= {"kernels": kernels}
   else:
-    found |= _on_tpu(chip, aot.read_tpu(dump, chip), built)
-    found["share"] = _share(found["predicted"], flops(shape, job.kind), chip)
+    kernels = [] if built.whole else aot.read_tpu(dump, chip)
+    found |= _on_tpu(chip, kernels, built)
+    least_time, predicted = least(shape, job.kind, chip), found["predicted"]
+    found["share"] = None if predicted is None else least_time / predicted
+    if built.whole:
+      found |= _by_xla(chip, compiled)
   return found | {"settings": dict(settings)}
 
 
-def _share(seconds: float | None, operations: int, chip: aot.Chip) -> float | None:
-  """Of the matrix units' peak, that what has to be multiplied takes."""
-  return None if seconds is None else operations / (seconds * chip.peak)
+def _by_xla(chip: aot.Chip, compiled: Any) -> dict[str, Any]:
+  """XLA's own estimate of a program that is XLA's alone, and the bytes that it holds meanwhile."""
+  cycles = estimates.cycles(compiled.as_text())
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  return {"estimated": None if cycles is None else cycles / chip.clock, "temporary": temporary}
 
 
 def _on_tpu(chip: aot.Chip, kernels: list[aot.TpuKernel], built: Built) -> dict[str, Any]:
@@ -120,7 +127,11 @@ def _on_tpu(chip: aot.Chip, kernels: list[aot.TpuKernel], built: Built) -> dict[
     if match is None and re.fullmatch(built.others, _bare(kernel.name)):
       continue
     row = tpu_row(kernel)
-    cycles = bundles.cycles(kernel.schedule, match.trips) if match else None
+    cycles = (
+      bundles.cycles(kernel.schedule, match.trips, starts_inside=match.starts_inside)
+      if match
+      else None
+    )
     if cycles is None or match is None:
       row["seconds"], total = None, math.nan
     else:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from experiments import compile_check
-from experiments.benchmarks import checks
-from experiments.compiling import rules, shapes, worker
+from experiments.benchmarks import checks, linear_checks
+from experiments.compiling import estimates, linear, rules, shapes, worker
 from experiments.compiling.programs import PROGRAMS
-from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES, Shape
+from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES, STEP, LinearShape, Shape
 from experiments.flags import UserError
 from pallas_kernels import aot
 
@@ -84,9 +84,10 @@ def test_a_machine_without_compilers_is_told_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
   ("text", "names"),
   [
-    ("ours", {"ours-hopper", "ours-tpu"}),
+    ("ours", {"ours-hopper", "ours-tpu", "linear-hopper", "linear-tpu"}),
+    ("linear", {"linear-hopper", "linear-tpu", "linear-xla"}),
     ("jax-flash,ours-tpu", {"jax-flash", "ours-tpu"}),
-    ("flash", set(PROGRAMS)),
+    ("flash", {name for name in PROGRAMS if not name.startswith("linear")}),
     ("all", set(PROGRAMS)),
   ],
 )
@@ -100,7 +101,8 @@ def test_plan_names_every_setting_once(monkeypatch):
   asked = compile_check.plan(options)
   assert asked.absent["h200"] == "no ptxas"
   assert {job.chip for job in asked.jobs} == {"v6e"} and len(set(asked.jobs)) == len(asked.jobs)
-  wanted = {name for name, p in PROGRAMS.items() if p.platform == "tpu" and not p.absent}
+  flash = {name for name, p in PROGRAMS.items() if p.mechanism == "flash"}
+  wanted = {n for n in flash if PROGRAMS[n].platform == "tpu" and not PROGRAMS[n].absent}
   assert {job.program for job in asked.jobs} == wanted
   splash = [job for job in asked.jobs if job.program == "jax-splash" and job.kind == FORWARD]
   assert [job.setting for job in splash] == list(
@@ -116,7 +118,136 @@ def test_every_program_of_a_mechanism_has_one_of_ours_to_be_compared_with():
       if (p.mechanism, p.platform) == (program.mechanism, program.platform)
     ]
     assert sum(p.ours for p in kin) == 1
-    assert set(program.settings) == {FORWARD, BACKWARD} and all(program.settings.values())
+    kinds = {FORWARD, BACKWARD} | ({STEP} if program.mechanism == "linear" else set())
+    assert set(program.settings) == kinds and all(program.settings.values())
+
+
+def test_programs_meet_the_shapes_of_their_mechanism(monkeypatch):
+  monkeypatch.setattr(aot, "missing", lambda chip: None)
+  asked = compile_check.plan(compile_check.Options(kernels="ours"))
+  for job in asked.jobs:
+    assert PROGRAMS[job.program].mechanism == SHAPES[job.shape].mechanism
+  linear_jobs = [job for job in asked.jobs if PROGRAMS[job.program].mechanism == "linear"]
+  many = sum(shape.mechanism == "linear" for shape in SHAPES.values())
+  assert len(linear_jobs) == len(aot.CHIPS) * many * len((FORWARD, BACKWARD, STEP))
+  assert {job.kind for job in asked.jobs if job not in linear_jobs} == {FORWARD, BACKWARD}
+
+
+def test_rows_of_several_runs_stand_in_one_order():
+  """What is compiled anew replaces what was kept, and the order does not tell who came first."""
+  old, new = GOOD_TPU | {"seconds": 1.0}, GOOD_TPU | {"seconds": 2.0}
+  assert compile_check.merged([old, GOOD_HOPPER], [new]) == [GOOD_HOPPER, new]
+  assert compile_check.merged([PEER], [GOOD_HOPPER, new]) == [GOOD_HOPPER, new, PEER]
+
+
+# Linear attention.
+
+
+SMALL_LINEAR = LinearShape(B=2, T=300, N=16, H=128, decay="token")
+
+
+@pytest.mark.parametrize(("decay", "width"), [("token", 1), ("channel", 128)])
+def test_bytes_that_must_move(decay, width):
+  """Forward q, k, v, out; backward those and the gradients of q, k, v and of the decays."""
+  shape, tokens = dataclasses.replace(SMALL_LINEAR, decay=decay), 2 * 300 * 16
+  assert shapes.moved(shape, FORWARD) == tokens * (4 * 128 * 2 + 4 * width)
+  assert shapes.moved(shape, BACKWARD) == tokens * (7 * 128 * 2 + 2 * 4 * width)
+  state = 2 * 128 * 128 * 4
+  assert shapes.moved(shape, STEP) == 2 * 16 * (state + 4 * 128 * 2 + 4 * width)
+  v5e = aot.CHIPS["v5e"]
+  assert shapes.least(shape, FORWARD, v5e) == shapes.moved(shape, FORWARD) / v5e.bandwidth
+
+
+def test_the_floor_is_that_of_the_notes():
+  """0.168 ms forward at the registry's first shape on an H200."""
+  shape = SHAPES["1x8k_96x128_token"]
+  assert shapes.least(shape, FORWARD, aot.CHIPS["h200"]) == pytest.approx(0.168e-3, rel=0.01)
+
+
+def test_steps_of_our_linear_kernels():
+  """Three chunks of 128 of 300 tokens, eight heads at once forward and four backward."""
+  (forward,) = linear.build("tpu", SMALL_LINEAR, FORWARD, {}).work
+  assert forward.trips == (2 * 2 * 3, 0, 2 * 2, 2 * 2 * 3) and forward.starts_inside
+  states, gradients = linear.build("tpu", SMALL_LINEAR, BACKWARD, {}).work
+  assert states.trips == gradients.trips == (2 * 4 * 3, 0, 2 * 4, 2 * 4 * 3)
+  (step,) = linear.build("tpu", SMALL_LINEAR, STEP, {}).work
+  assert step.trips == (4, 0, 4, 4)
+
+
+def test_long_sequences_are_counted_whole_and_compiled_short():
+  shape = dataclasses.replace(SMALL_LINEAR, T=16384)
+  built = linear.build("tpu", shape, FORWARD, {})
+  assert built.arguments[0].shape[1] == linear.TOKENS and built.work[0].trips.steps == 4 * 128
+  for name in ("hopper", "chunked"):
+    assert linear.build(name, shape, FORWARD, {}).arguments[0].shape[1] == 16384
+
+
+LOOP = """HloModule m
+%fused.1 (p: f32[8]) -> f32[8] {
+  ROOT %add = f32[8] add(%p, %p)
+}
+
+%body.2 (t: (s32[])) -> (s32[]) {
+  %fusion.1 = f32[8] fusion(%p), calls=%fused.1, backend_config={"estimated_cycles":"30"}
+  %copy.1 = f32[8] copy(%p), backend_config={"estimated_cycles":"4"}
+}
+
+%condition.3 (t: (s32[])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(100)
+  ROOT %lt = pred[] compare(%i, %constant.7), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %fusion.9 = f32[8] fusion(%a), calls=%fused.1, backend_config={"estimated_cycles":"500"}
+  %while.1 = (s32[]) while(%tuple), condition=%condition.3, body=%body.2, metadata={}
+}
+"""
+
+
+def test_what_xla_estimates_is_added_up_turn_by_turn():
+  assert estimates.cycles(LOOP) == 500 + 100 * (30 + 4)
+  assert estimates.cycles(LOOP.replace("constant(100)", "parameter(1)")) is None
+
+
+LINEAR_HOPPER = {
+  "chip": "h200", "shape": "8x2k_32x256_token", "kind": BACKWARD, "program": "linear-hopper",
+  "ours": True, "ok": True, "error": None, "seconds": 3.0,
+  "kernels": [
+    {
+      "name": "linear_gradients_2", "registers": 168, "spill_stores": 968, "spill_loads": 1380,
+      "shared_memory": 200000, "barriers": 9, "setmaxnreg": True, "matrix_instructions": 32,
+      "warnings": ["ptxas warning : Registers are spilled to local memory in function 'k', 8"],
+    }
+  ],
+}  # fmt: skip
+
+
+def test_known_spills_may_stay_and_no_more():
+  """Of that kernel at that width; the assembler's warning says no more than the numbers do."""
+  assert rules.broken([LINEAR_HOPPER]) == []
+  (said,) = rules.broken([with_kernel(LINEAR_HOPPER, spill_loads=1500)])
+  assert "linear_gradients_2 spills 2468 bytes" in said
+  (said,) = rules.broken([LINEAR_HOPPER | {"shape": "1x8k_96x128_token"}])
+  assert "spills 2348 bytes" in said
+  (said,) = rules.broken([with_kernel(LINEAR_HOPPER, name="linear_states_1")])
+  assert "spills 2348 bytes" in said
+
+
+def test_a_token_needs_no_matrix_instruction():
+  idle = with_kernel(GOOD_HOPPER, matrix_instructions=0) | {"shape": "1x8k_96x128_token"}
+  assert rules.broken([idle | {"kind": STEP}]) == []
+  assert "no matrix instruction" in rules.broken([idle])[0]
+
+
+def test_what_xla_compiles_shows_its_own_estimate(tmp_path, capsys):
+  row = PEER | {
+    "shape": "1x8k_96x128_token", "program": "linear-xla", "kernels": [], "predicted": None,
+    "share": None, "estimated": 0.01224, "temporary": 3 << 20,
+  }  # fmt: skip
+  out = tmp_path / "x.json"
+  out.write_text(json.dumps({"rows": [GOOD_TPU, row], "absent": {}}))
+  assert compile_check.main(["compile_check", "--compile=false", f"--out={out}"]) == 0
+  assert "XLA's own estimate 12.240 ms, temporary 3 MiB" in capsys.readouterr().out
 
 
 GOOD_TPU = {
@@ -282,6 +413,16 @@ def test_real_hopper_rows():
   assert kernel["matrix_instructions"] and kernel["setmaxnreg"] and not kernel["spill_stores"]
   refused = compiled("h200", "jax-mgpu", BACKWARD)
   assert refused["error"].startswith("NotImplementedError: Causal attention not supported")
+
+
+@pytest.mark.parametrize("check", linear_checks.CHECKS, ids=lambda check: check.name)
+def test_every_check_of_linear_attention_can_be_lowered_for_the_device(check):
+  """The same of its checks, whole programs with segments, lengths and states."""
+  if why := aot.missing(aot.CHIPS["h200"]):
+    pytest.skip(f"nothing can be lowered for h200: {why}")
+  given = jax.eval_shape(lambda: linear_checks.operands(check))
+  results = jax.eval_shape(lambda: linear_checks.cotangents(check))
+  aot.lower_for(aot.CHIPS["h200"], linear_checks.program(check, "hopper"), given, results)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)

@@ -186,6 +186,40 @@ def test_a_program_without_matrix_instructions_is_hot_as_a_whole():
   assert bundles.hot(program) == [program.root] == [bundles.hot_loop(program)]
 
 
+TOKEN = """
+0      : { entry } | 0
+0x1 LB : { } /* Start region 1 */ | 0
+0x2    : { } | 0
+0x3    : { sbr.rel (%p1) target = $region1 } | 0
+0x4    : { exit } | 0
+"""
+
+
+def test_a_grid_without_matrix_instructions_turns_as_a_loop():
+  """As where one token more is nothing but sums: its loop runs once a step."""
+  program = schedule(TOKEN)
+  (loop,) = program.root.children
+  assert bundles.hot(program) == [loop] == [bundles.hot_loop(program)]
+  assert bundles.cycles(program, Trips(full=7, mixed=0, rows=7, steps=7)) == 2 + 7 * 3
+
+
+STARTS = """
+0      : { entry } | 0
+0x1 LB : { } /* Start region 1 */ | 1
+0x2    : { sbr.rel (%p1) target = $region2 } | 0
+0x3    : { } | 0
+0x4    : { } | 0
+0x5    : { } /* Start/End empty region 2 */ | 1
+0x6    : { sbr.rel (%p2) target = $region1 } | 0
+"""
+
+
+def test_a_row_may_start_inside_of_what_every_step_runs():
+  program, trips = schedule(STARTS), Trips(full=10, mixed=0, rows=2, steps=10)
+  assert bundles.cycles(program, trips) == 1 + 10 * 6
+  assert bundles.cycles(program, trips, starts_inside=True) == 1 + 10 * 4 + 2 * 2
+
+
 def test_delay_slots_belong_to_what_branches():
   text = split(FLASH)
   for slots in (2, 4):
