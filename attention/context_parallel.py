@@ -38,7 +38,7 @@ def follow(ids: Int[Array, "B T"], axis: TimeAxis) -> Bool[Array, " B"]:
   """
   size, me = lax.axis_size(axis.name), lax.axis_index(axis.name)
   step = -1 if axis.reverse else 1
-  pairs = [(d, d + step) for d in range(size) if 0 <= d + step < size]
+  pairs = [(d, (d + step) % size) for d in range(size)]  # a ring: under vmap it has to be whole
   before = lax.ppermute(ids[:, -1], axis.name, pairs)
   first = me == (size - 1 if axis.reverse else 0)
   return (before == ids[:, 0]) | first

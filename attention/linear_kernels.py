@@ -54,6 +54,12 @@ def unsupported(chip: str, call: Call) -> str | None:
   return _kernel(chip).unsupported(*operands[:4], static.settings)
 
 
+def parts(chip: str, call: Call) -> int:
+  """Into how many parts of time the kernel wants a call cut, so that it fills the chip."""
+  (B, T), N, h = call.q.shape[:2], call.num_heads, call.v.shape[3]
+  return 1 if call.lengths is not None else _kernel(chip).parts(B * N, T, h)
+
+
 def run(chip: str, call: Call) -> tuple[Array, chunk_scan.State]:
   """The output and the state of a call that runs from the first token to the last."""
   static, operands = lower(chip, call)

@@ -4,12 +4,13 @@
     z_t = exp(g_t) z_{t-1} + k_t               normalizer [M], only with `settings.normalize`
     o_t = scale q_t S_t    or    o_t = q_t S_t / w_t   with   w_t = q_t . z_t
 
-`linear_hopper.py` and `linear_tpu.py` have the same four functions:
+`linear_hopper.py` and `linear_tpu.py` have the same five functions:
 
     unsupported(q, k, v, g, settings) -> str | None
     forward(q, k, v, g, state, settings) -> (out, weight, state)
     backward(q, k, v, g, state, normalized, d_out, d_state, settings) -> (dq, dk, dv, dg, d_state)
     step(q, k, v, g, state, settings) -> (out, state)
+    parts(states, T, h) -> int, how many parts of time should walk side by side, as rows of a batch
 
 | array    | shape                                | dtype             |
 |----------|--------------------------------------|-------------------|

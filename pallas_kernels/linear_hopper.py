@@ -11,7 +11,9 @@ The kernels in brackets run with decays per channel only. Chunks have 64 tokens;
 to multiples of 64, and T to one of 8. No kernel adds atomically; gradients of shared heads are made
 per head of the state and summed. Decays per head are decays per token here, and no decay is a decay
 of 0. What decays per token add up to, and the normalizer z of every chunk (float32, a scan over
-chunks in log steps), is made outside by XLA: 1/64 to 1/20 of the bytes. Backward writes the states
+chunks in log steps), is made outside by XLA: 1/64 to 1/20 of the bytes. A walk is one block of
+threads per head and 64 or 128 columns of its state; where those are fewer than the chip's
+multiprocessors, `parts` asks for time cut into several walks, whose entering states XLA makes. Backward writes the states
 and their gradients in bfloat16, 4 M h / 64 bytes per token and head.
 
 Floor: bytes. At M = h = 128, per token, head and channel, floor and what is moved, and the times of
@@ -42,8 +44,11 @@ from pallas_kernels import (
   linear_tiles,
 )
 from pallas_kernels.linear import Array, Normalized, Settings, State
-from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, Inputs, walk
+from pallas_kernels.linear_hopper_walk import COLUMNS, EXTRA, READ, SCALE, WRITE, Inputs, walk
 from pallas_kernels.linear_tiles import CHUNK, chunked
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
 
 
 def unsupported(q, k, v, g, settings: Settings) -> str | None:
@@ -55,6 +60,16 @@ def unsupported(q, k, v, g, settings: Settings) -> str | None:
     if x.shape[-1] > hopper.MAX_WIDTH:
       return f"{name} {x.shape[-1]} is more than {hopper.MAX_WIDTH}"
   return None
+
+
+def parts(states: int, T: int, h: int) -> int:
+  """How many parts of T tokens, of eight chunks or more, fill the chip with the walks of so many
+  states, one block of threads to 64 columns.
+  """
+  blocks, many = states * -(-h // COLUMNS), 1
+  while 2 * many * blocks <= MULTIPROCESSORS and T % (2 * many * 8 * CHUNK) == 0:
+    many *= 2
+  return many
 
 
 def _widen(x: Array, axes: tuple[int, ...]) -> Array:

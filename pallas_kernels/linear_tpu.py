@@ -57,6 +57,12 @@ def unsupported(q: Array, k: Array, v: Array, g: Array | None, settings: Setting
   return f"head_dim {width} is more than 256" if width > 256 else None
 
 
+def parts(states: int, T: int, h: int) -> int:
+  """A TensorCore walks along one head after the other: there is nobody to share with."""
+  del states, T, h
+  return 1
+
+
 def forward(
   q: Array, k: Array, v: Array, g: Array | None, state: State, settings: Settings
 ) -> tuple[Array, Array | None, State]:

@@ -332,8 +332,35 @@ def _kernel(chip: str) -> Implementation:
   def unsupported(call: Call) -> str | None:
     return linear_kernels.unsupported(chip, _one_way(call) if call.bidirectional else call)
 
-  walk = functools.partial(linear_kernels.run, chip)
-  return Implementation(run=functools.partial(_directed, walk), unsupported=unsupported)
+  return Implementation(run=functools.partial(_directed, _in_parts(chip)), unsupported=unsupported)
+
+
+def _in_parts(chip: str) -> Callable[[Call], tuple[Output, State]]:
+  """The walk of a chip's kernel. Where a batch has too few heads to fill the chip, time is cut into
+  parts that walk side by side, as more rows of the batch, each from the state that enters it.
+  """
+  axis = TimeAxis("parts of time")
+
+  def walk(call: Call) -> tuple[Output, State]:
+    (B, T), parts = call.q.shape[:2], linear_kernels.parts(chip, call)
+    if parts == 1:
+      return linear_kernels.run(chip, call)
+    positions = jnp.arange(T, dtype=jnp.int32)[None] if call.positions is None else call.positions
+    g = full_decay(call.log_decay, (B, T, call.num_heads))
+    whole = {"q": call.q, "k": call.k, "v": call.v, "log_decay": g,
+             "positions": positions, "segment_ids": call.segment_ids}  # fmt: skip
+    cut = jax.tree.map(lambda x: x.reshape(x.shape[0], parts, -1, *x.shape[2:]), whole)
+    states = lambda part: _states(call._replace(**part), axis)
+    entering, final = jax.vmap(states, in_axes=1, out_axes=1, axis_name=axis.name)(cut)
+    rows = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])).reshape(B * parts, *x.shape[2:])
+    cut = jax.tree.map(rows, cut)
+    g = cut["log_decay"]
+    cut["log_decay"] = g[..., 0] if g is not None and g.shape[-1] == 1 else g
+    call = call._replace(**cut, initial_state=jax.tree.map(rows, entering))
+    out = linear_kernels.run(chip, call)[0]
+    return out.reshape(B, T, *out.shape[2:]), jax.tree.map(lambda x: x[:, -1], final)
+
+  return walk
 
 
 IMPLEMENTATIONS = {

@@ -57,11 +57,14 @@ def backward(q, k, v, g, state, normalized, d_out, d_state, settings):
 
 @pytest.fixture(params=("hopper", "tpu"))
 def chip(request, monkeypatch):
-  """A chip that is pretended to be here."""
+  """A chip that is pretended to be here; the first wants time in three parts."""
   here = {"hopper": chips.Chip("gpu", "NVIDIA H200"), "tpu": chips.Chip("tpu", "TPU v5 lite")}
   monkeypatch.setattr(chips, "current", lambda: here[request.param])
   refuse = lambda q, k, v, g, settings: "widths over 8" if q.shape[3] > 8 else None
-  kernel = types.SimpleNamespace(forward=forward, backward=backward, unsupported=refuse)
+  parts = lambda states, T, h: 3 if request.param == "hopper" and T % 3 == 0 else 1
+  kernel = types.SimpleNamespace(
+    forward=forward, backward=backward, unsupported=refuse, parts=parts
+  )
   monkeypatch.setattr(linear_kernels, "_kernel", lambda chip: kernel)
   return request.param
 
@@ -87,15 +90,25 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("chip", ["tpu"], indirect=True)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("decay", ["none", "head", "token"])
+IN_PARTS = [("documents", "head"), ("documents backward", "token"), ("normalized", "channel"),
+            ("both directions", "none"), ("padding", "token")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("chip", "way", "decay"),
+  [
+    *(("tpu", way, decay) for way in WAYS for decay in ("none", "head", "token")),
+    *(("hopper", *one) for one in IN_PARTS),
+  ],
+  indirect=["chip"],
+)
 def test_every_result_by_name(chip, way, decay):
   """Output, state and gradients of every direction, padding and document, with harsh decays."""
   options = dict(WAYS[way])
   q, k, v, g, state = tokens()
   g = g.at[:, 3].set(-1e4).at[:, 4].set(0.0)
-  g = {"none": None, "head": -jnp.arange(N, dtype=jnp.float32), "token": g}[decay]
+  channels = jnp.stack([c * g for c in range(H)], -1)
+  g = {"none": None, "head": -jnp.arange(1.0 * N), "token": g, "channel": channels}[decay]
   if options.get("normalize"):
     q, k = jnp.abs(q), jnp.abs(k)
   stateful = not options.get("bidirectional")
@@ -139,7 +152,7 @@ def test_a_map_runs_once_for_each_element(chip):
   q, k, v, g, _ = tokens()
   f = functools.partial(linear_attention, implementation=chip)
   many = jax.vmap(lambda q, g: f(q, k, v, log_decay=g))(jnp.stack([q, 2 * q]), jnp.stack([g, g]))
-  kit.assert_same("mapped", many[1], f(2 * q, k, v, log_decay=g))
+  kit.assert_close("mapped", many[1], f(2 * q, k, v, log_decay=g))
 
 
 def test_no_cpu_kernel():

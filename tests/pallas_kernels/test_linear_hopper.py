@@ -117,3 +117,10 @@ def test_lowers_for_the_chip(name):
     return forward, linear_hopper.backward(*given, *rest, settings)
 
   aot.lower_for(aot.CHIPS["h200"], both, given, normalized, x["d_out"], x["d_state"])
+
+
+def test_time_in_parts_fills_the_chip_and_no_more():
+  assert linear_hopper.parts(96, 8192, 128) == 1  # 192 blocks of threads
+  assert linear_hopper.parts(32, 16384, 128) == 2  # 64
+  assert linear_hopper.parts(1, 16384, 64) == 32  # of 512 tokens
+  assert linear_hopper.parts(1, 16383, 64) == 1
