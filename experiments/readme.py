@@ -4,8 +4,8 @@
 
 rewrites what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and nothing else. A
 number that no program measured has no way into the page: without `experiments/results/cpu.json` it
-says that nothing was measured, and without `h200_softmax.json` or `h100_softmax.json` there that no
-such chip was at hand.
+says that nothing was measured, and without `h200_softmax.json`, `h200_linear.json` or an h100's
+there that no such chip was at hand.
 """
 
 import json
@@ -75,29 +75,36 @@ CHIPS = ("h200", "h100")
 PASSES = ("forward", "backward")
 PENDING = (
   "GPU numbers pending: no such chip was at hand. On a machine with a Hopper GPU "
-  "`python -m experiments.benchmark --suite=gpu --check` measures what fits into 8 minutes."
+  "`python -m experiments.benchmark --suite=gpu --check` measures what fits into 8 minutes, and "
+  "`--suite=gpu-linear` the same of linear attention."
 )
 
 
 def chips(root: pathlib.Path) -> str:
   """What was measured on GPUs: a table, a picture and the targets of each, or that none was."""
-  found = [(chip, _results(root, f"{chip}_softmax")) for chip in CHIPS]
-  parts = [part for chip, results in found if results for part in _chip(root, chip, results)]
+  names = [f"{chip}_{what}" for what in ("softmax", "linear") for chip in CHIPS]
+  found = [(name, _results(root, name)) for name in names]
+  parts = [part for name, results in found if results for part in _chip(root, name, results)]
   return "\n\n".join(parts) or PENDING
 
 
-def _chip(root: pathlib.Path, chip: str, results: Mapping[str, Any]) -> list[str]:
+def _chip(root: pathlib.Path, name: str, results: Mapping[str, Any]) -> list[str]:
   where, checked = results["environment"], results["checks"]
+  linear = name.endswith("_linear")
+  counted = (
+    "TFLOP/s at the longest T, forward / backward; of windows and documents only the pairs that "
+    "may attend count."
+  )
   lead = (
     f"{where['device']}, {results['dtype']}, jax {where['versions']['jax']}, {where['date'][:10]}, "
     f"commit {where['commit']}; checks {checked['verdict']} ({len(checked['rows'])} run); medians, "
-    f"by `{where['command']}`. TFLOP/s at the longest T, forward / backward; of windows and "
-    "documents only the pairs that may attend count."
+    f"by `{where['command']}`. {'Milliseconds, forward / backward.' if linear else counted}"
   )
-  parts = [lead, _rates(results)]
-  if (root / RESULTS / f"{chip}_softmax.png").exists():
-    alt = f"TFLOP/s against sequence length on {where['device']}, ours beside its peers"
-    parts.append(f"![{alt}]({RESULTS}/{chip}_softmax.png)")
+  parts = [lead, _milliseconds(results) if linear else _rates(results)]
+  if (root / RESULTS / f"{name}.png").exists():
+    what = "Milliseconds of linear attention" if linear else "TFLOP/s against sequence length"
+    alt = f"{what} on {where['device']}, ours beside its peers"
+    parts.append(f"![{alt}]({RESULTS}/{name}.png)")
   parts += ["Asked for, and reached:", _verdicts(results)]
   parts += [f"{name} was absent: {why}." for name, why in results["absent"].items()]
   if left := len(results["unmeasured"]):
@@ -117,6 +124,18 @@ def _rates(results: Mapping[str, Any]) -> str:
       cells = ("" if pair == ["-", "-"] else " / ".join(pair) for pair in pairs)
       lines.append([f"{case['mask']}, H={case['H']}", *cells])
   return _table([f"T={longest}", *names], lines, right=True)
+
+
+def _milliseconds(results: Mapping[str, Any]) -> str:
+  """A line per case, a column per contender."""
+  times = {(r["case"], r["contender"], r["kind"]): r["median"] for r in results["times"]}
+  names = list(dict.fromkeys(row["contender"] for row in results["times"]))
+  lines = []
+  for case in results["cases"]:
+    pairs = [[times.get((case["case"], n, kind)) for kind in PASSES] for n in names]
+    cells = (" / ".join("-" if x is None else f"{1e3 * x:.3g}" for x in pair) for pair in pairs)
+    lines.append([case["case"], *cells])
+  return _table(["decays, shape", *names], lines, right=True)
 
 
 BLOCKS: Mapping[str, Callable[[pathlib.Path], str]] = {

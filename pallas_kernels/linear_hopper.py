@@ -28,7 +28,8 @@ ptxas at the shapes of fla's registry: no product is serialized. At M = h = 128 
 spills 76 to 104 bytes, `linear_gradients` 0 to 4, the others nothing; 240 registers compute and 24
 feed, 255 where a warpgroup feeds itself; shared memory is 148 KiB forward (channel: 164), 188 KiB
 in `linear_gradients` (196). At M = 256 with decays per token `linear_forward` spills 196 bytes and
-`linear_gradients` 968, with decays per channel 0 and 12. No chip has run it yet.
+`linear_gradients` 968 (and loads 1380), with decays per channel 0 and 12, and `linear_unfade` 76.
+No chip has run it yet.
 """
 
 import functools

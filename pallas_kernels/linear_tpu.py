@@ -18,12 +18,13 @@ heads*width`, width in whole columns of 128; a shorter width or last chunk is pa
 
 The floor is memory: q, k, v and the output once, 132 KiB per chunk and head of 128 in bfloat16, 196
 with decays per channel. Cycles that a TPU's memory needs for that at its published bandwidth, and
-bundles of the compiler's schedule per chunk and head, stalls not counted:
+bundles of the compiler's schedule, both per chunk and head, stalls not counted (`python -m
+experiments.compile_check --kernels=linear`; (1, 8192, 96, 128)):
 
 |            | v5e, memory | v5e, bundles | v6e, memory | v6e, bundles |
 |------------|-------------|--------------|-------------|--------------|
-| token      | 249         | 281          | 145         | 280          |
-| channel    | 368         | 686          | 215         | 682          |
+| token      | 249         | 272          | 145         | 288          |
+| channel    | 368         | 659          | 215         | 655          |
 
 Backward: `linear_tpu_backward`. One token: `linear_tpu_step`.
 """

@@ -21,8 +21,8 @@ head, as in `linear_tpu`:
 
 |            | v5e, memory | v5e, bundles | v6e, memory | v6e, bundles |
 |------------|-------------|--------------|-------------|--------------|
-| token      | 685         | 1234         | 399         | 1003         |
-| channel    | 1037        | 2430         | 604         | 2256         |
+| token      | 685         | 1099         | 399         | 947          |
+| channel    | 1037        | 2347         | 604         | 2182         |
 """
 
 import functools

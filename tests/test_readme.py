@@ -176,6 +176,18 @@ def test_numbers_of_a_chip(tmp_path):
   assert "h200_softmax.png" in readme.chips(tmp_path)
 
 
+def test_linear_numbers_of_a_chip(tmp_path):
+  """In milliseconds, every shape in its line."""
+  folder = tmp_path / "experiments/results"
+  folder.mkdir(parents=True)
+  case = {"case": "token B=1 T=8192 N=96 H=128", "T": 8192}
+  ours = {**case, "contender": "hopper", "kind": "forward", "median": 0.000234}
+  found = chip_results() | {"cases": [case], "times": [ours], "unmeasured": {}}
+  (folder / "h200_linear.json").write_text(json.dumps(found))
+  text = readme.chips(tmp_path)
+  assert "| token B=1 T=8192 N=96 H=128 | 0.234 / - |" in text and "TFLOP/s" not in text
+
+
 def test_rewriting_changes_only_the_blocks_and_only_once(root):
   page = "a\n" + "".join(
     f"<!-- begin {n} -->\nold\n<!-- end {n} -->\nkept\n" for n in readme.BLOCKS
