@@ -11,10 +11,10 @@ The kernels in brackets run with decays per channel only. Chunks have 64 tokens;
 to multiples of 64, and T to one of 8. No kernel adds atomically; gradients of shared heads are made
 per head of the state and summed. Decays per head are decays per token here, and no decay is a decay
 of 0. What decays per token add up to, and the normalizer z of every chunk (float32, a scan over
-chunks in log steps), is made outside by XLA: 1/64 to 1/20 of the bytes. A walk is one block of
-threads per head and 64 or 128 columns of its state; where those are fewer than the chip's
-multiprocessors, `parts` asks for time cut into several walks, whose entering states XLA makes. Backward writes the states
-and their gradients in bfloat16, 4 M h / 64 bytes per token and head.
+chunks in log steps), is made outside by XLA: 1/64 to 1/20 of the bytes. Backward writes the states
+and their gradients in bfloat16, 4 M h / 64 bytes per token and head. A walk is one block of threads
+per head and 64 or 128 columns of its state; where those are fewer than the chip's multiprocessors,
+`parts` asks for time cut into several walks, and XLA makes the states that enter them.
 
 Floor: bytes. At M = h = 128, per token, head and channel, floor and what is moved, and the times of
 both at 4.8 TB/s for B=1, T=8192, N=96:
