@@ -13,9 +13,15 @@ On a chip:
 
 cases.py          suites as data: masks, shapes, contenders, in the order of what they tell
 checks.py         whether our kernel is right on this chip, in a process that may fail
-linear_*.py       checks, contenders and picture of linear attention; torch_linear.py is its worker
 rivals.py         a contender's name and a case -> the programs that are timed
 chip.py           the run: checks, turns, the time that there is
 chip_picture.py   TFLOP/s against length
 tune.py           which block sizes are the fastest; writes pallas_kernels/tuned
+
+Linear attention there:
+
+linear_checks.py   its checks, run as those of softmax attention are
+linear_rivals.py   its contenders
+torch_linear.py    PyTorch in a process of its own, with flash-linear-attention's kernels
+linear_picture.py  milliseconds, shape by shape
 """
