@@ -10,6 +10,7 @@ for Hopper, libtpu for TPUs. `missing(chip)` says what is not installed. Since t
 their settings once, whoever compiles for several chips does it in a process each.
 """
 
+import contextlib
 import glob
 import importlib.util
 import json
@@ -146,6 +147,15 @@ def compile_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> ja
   return lower_for(chip, function, *arguments).compile()
 
 
+def target(chip: Chip) -> contextlib.AbstractContextManager[Any]:
+  """Where a program is made for the chip: Mosaic asks the mesh, not the sharding, how many
+  multiprocessors there are; we and Pallas, which chip.
+  """
+  cores = 132 if chip.platform == "cuda" else chip.cores
+  device = AbstractDevice(chip.kind, cores, chip.platform)
+  return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
 def lower_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> jax.stages.Lowered:
   """Lowers `function` for one device: all that Pallas refuses shows here, in a second.
 
@@ -161,10 +171,7 @@ def lower_for(chip: Chip, function: Callable[..., Any], *arguments: Any) -> jax.
   here = SingleDeviceSharding(device)
   put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
   placed = jax.tree.map(put, arguments)
-  # Mosaic asks the mesh, not the sharding, how many multiprocessors there are; we, which chip.
-  cores = 132 if chip.platform == "cuda" else chip.cores
-  mesh = AbstractMesh((), (), abstract_device=AbstractDevice(chip.kind, cores, chip.platform))
-  with use_abstract_mesh(mesh):
+  with target(chip):
     return jax.jit(function).trace(*placed).lower(lowering_platforms=(chip.platform,))
 
 

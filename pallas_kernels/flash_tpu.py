@@ -86,7 +86,15 @@ def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
 def _most(width: int, dtype) -> tuple[tuple[int, int], ...]:
   """The usual largest blocks of each pass: they fit the vector memory of every chip."""
   large = 1024 if width <= 256 and dtype != jnp.float32 else 512
-  return (large, large), (512, 512), (large, large)
+  keys = 512 if width > 192 and _small_units() else large
+  return (large, large), (512, 512), (keys, keys)
+
+
+def _small_units() -> bool:
+  """Whether the matrix units are 128 x 128, as until TPU v5: they alone bound the backward pass of
+  wide heads, and small blocks multiply less above the diagonal.
+  """
+  return pltpu.is_tpu_device() and pltpu.get_tpu_info().mxu_column_size == 128
 
 
 def _longer(T: int, S: int, most: tuple[int, int]) -> tuple[int, int]:

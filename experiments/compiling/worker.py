@@ -94,7 +94,8 @@ def compile_job(job: Job, dump: str) -> dict[str, Any]:
   settings = program.settings[job.kind][job.setting]
   start = time.monotonic()
   try:
-    built = program.build(shape, job.kind, settings)
+    with aot.target(chip):  # blocks are as large as the chip wants them
+      built = program.build(shape, job.kind, settings)
     compiled = aot.compile_for(chip, built.function, *built.arguments)
   except Exception as error:  # whatever a compiler or a peer raises is what is asked for
     return _failed(shortened(f"{type(error).__name__}: {error}")) | {"settings": dict(settings)}

@@ -15,7 +15,7 @@ import flash_kit
 import kit
 from attention import masks
 from flash_kit import Problem, causal, window
-from pallas_kernels import flash, flash_tpu, flash_tpu_tiles
+from pallas_kernels import aot, flash, flash_tpu, flash_tpu_tiles
 
 CASE = kit.Case(B=1, T=200, S=200, N=2, K=1, H=64, h=64)
 
@@ -169,6 +169,16 @@ SETTINGS = flash.Settings(1.0, None, 0.0, lambda q, k, *_: k <= q)
 )
 def test_what_is_refused(case, extras, message):
   assert flash_tpu.unsupported(*case.inputs(), extras, SETTINGS) == message
+
+
+def test_wide_heads_have_small_blocks_where_matrix_units_are_small():
+  wide = (1, 4096, 1, 256)
+  sides = {}
+  for chip in ("v5e", "v5p", "v6e", "tpu7x"):
+    with aot.target(aot.CHIPS[chip]):
+      sides[chip] = flash_tpu.blocks(wide, wide, wide, jnp.bfloat16, SETTINGS).d_key
+  assert sides["v5e"] == sides["v5p"] == (512, 512)
+  assert sides["v6e"] == sides["tpu7x"] == (1024, 1024)
 
 
 def test_long_texts_have_fewer_larger_blocks(monkeypatch):
