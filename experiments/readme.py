@@ -54,6 +54,20 @@ def curve(root: pathlib.Path) -> str:
   return f"![{alt}]({RESULTS}/bytes.png)"
 
 
+def recall(root: pathlib.Path) -> str:
+  """The picture of recall against the size of the state, if that was measured."""
+  results = _results(root, "mqar")
+  if results is None:
+    return ""
+  where, rows = results["environment"], results["rows"]
+  lead = (
+    f"{len(rows)} points of {len(rows[0]['accuracy'])} seeds each, jax {where['versions']['jax']}, "
+    f"{where['date'][:10]}, commit {where['commit']}."
+  )
+  alt = "Share of right answers against bytes of state, a line for each mechanism"
+  return f"![{alt}]({RESULTS}/mqar.png)\n\n{lead}"
+
+
 def measured(root: pathlib.Path) -> str:
   """The table of numbers, and the targets beside what was reached."""
   results = _results(root)
@@ -142,6 +156,7 @@ BLOCKS: Mapping[str, Callable[[pathlib.Path], str]] = {
   "picture": picture,
   "curve": curve,
   "mechanisms": mechanisms,
+  "recall": recall,
   "measured": measured,
   "chips": chips,
 }

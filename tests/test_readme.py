@@ -135,6 +135,7 @@ def test_numbers_come_from_the_results_alone(root):
 def test_without_results_there_is_no_number_and_no_picture(tmp_path):
   assert not re.search(r"\d", readme.measured(tmp_path).replace("--suite=cpu", ""))
   assert readme.picture(tmp_path) == "" and readme.curve(tmp_path) == ""
+  assert readme.recall(tmp_path) == ""
 
 
 def chip_results():
