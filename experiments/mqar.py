@@ -4,9 +4,10 @@
     python -m experiments.mqar --mechanisms=window,attention --steps=200
 
 A sequence of 32 tokens tells 8 pairs of key and value and then asks for each once (see
-`experiments.tasks.recall`). Two layers have to answer with what their state can hold, and its size
-is varied: by the window of a window, by the head width of all others. Each point is trained with
-three seeds at once, in one compiled program, until all of them answer 99.9 % or the steps end.
+`experiments.tasks.recall`); in training a third of them tell half as many, a third a quarter. Two
+layers have to answer with what their state can hold, and its size is varied: by the window of a
+window, by the head width of all others. Each point is trained with three seeds at once, in one
+compiled program, until all of them answer 99.9 % or the steps end.
 
 Writes experiments/results/mqar.json after each point, so that what is finished is not run again and
 a killed sweep goes on, and draws experiments/results/mqar.png. The sizes are `Variant.cost`'s, of
@@ -31,9 +32,10 @@ from matplotlib.figure import Figure
 from attention import variants
 from experiments import figures, flags, learning, provenance
 from experiments.config import PRESETS, Config
+from experiments.data.source import Record
 from experiments.flags import UserError, knob
 from experiments.model import Model, decoder_config, make_model
-from experiments.tasks import make_task
+from experiments.tasks import Task, make_task
 
 Records = dict[str, jax.Array]
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -43,8 +45,10 @@ CHUNK = 100
 """Steps of one call, after which the seeds are validated."""
 EQUAL = 2500
 """Bytes of state near which every mechanism has a point."""
-TRAIN, VALID = 16384, 256
+TRAIN, VALID = 15000, 256
 """Records."""
+SHARES = (1, 2, 4)
+"""By what the number of pairs is divided in training: fewer are learned sooner, and help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Options:
   """The command line."""
 
   mechanisms: str = knob("all", f"With commas: {', '.join(MECHANISMS)}.")
-  steps: int = knob(1500, "Steps of a run at the most.", "[1, inf)")
+  steps: int = knob(2000, "Steps of a run at the most.", "[1, inf)")
   batch_size: int = knob(32, "Sequences per step.", "[1, inf)")
   width: int = knob(32, "Width of the residual stream, and of the MLP.", "[1, inf)")
   seq_len: int = knob(32, "Tokens of a sequence, four or more for each pair.", "[4, inf)")
@@ -157,14 +161,28 @@ def _config(options: Options, one: Mechanism, head_dim: int, window: int) -> Con
 
 
 def load_data(config: Config) -> tuple[Records, Records, int]:
-  """(training records, validation records, vocabulary), whole: they are small."""
-  task = make_task(config.task, seq_len=config.seq_len, seed=0, data=config.data)
+  """(training records, validation records, vocabulary), whole: they are small.
 
-  def stack(source: Any, count: int) -> Records:
+  A third each of the training records has all pairs, half of them and a quarter of them, and every
+  record weighs the same.
+  """
+
+  def make(task: str) -> Task:
+    return make_task(task, seq_len=config.seq_len, seed=0, data=config.data)
+
+  def take(source: Any, count: int) -> list[Record]:
     records = [source[i] for i in range(count)]
+    return [r | {"weights": r["weights"] / r["weights"].sum()} for r in records]
+
+  def stack(records: Sequence[Record]) -> Records:
     return {name: jnp.asarray(np.stack([r[name] for r in records])) for name in records[0]}
 
-  return stack(task.train, TRAIN), stack(task.valid, VALID), task.vocab_size
+  task = make(config.task)
+  base, pairs, *rest = config.task.split(":")
+  count = int(pairs.removeprefix("pairs="))
+  fewer = [":".join((base, f"pairs={max(1, count // n)}", *rest)) for n in SHARES]
+  train = [record for name in fewer for record in take(make(name).train, TRAIN // len(SHARES))]
+  return stack(train), stack(take(task.valid, VALID)), task.vocab_size
 
 
 def programs(config: Config, model: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -184,7 +202,7 @@ def programs(config: Config, model: Model) -> tuple[Callable[..., Any], Callable
   def some_steps(state: learning.TrainState, key: jax.Array, train: Records, valid: Records):
     def one_step(state: learning.TrainState, _: None):
       draw = jax.random.fold_in(key, state.step)
-      rows = jax.random.randint(draw, (config.batch_size,), 0, TRAIN, jnp.int32)
+      rows = jax.random.randint(draw, (config.batch_size,), 0, train["inputs"].shape[0], jnp.int32)
       state, metrics = step(state, {name: x[rows] for name, x in train.items()})
       return state, metrics.loss_sum / metrics.weight
 

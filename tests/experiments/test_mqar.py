@@ -17,7 +17,7 @@ def sweep(out, *more):
 
 
 def test_a_finished_point_is_not_run_again(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(mqar, "TRAIN", 8)
+  monkeypatch.setattr(mqar, "TRAIN", 9)
   monkeypatch.setattr(mqar, "VALID", 4)
   out = tmp_path / "mqar.json"
   one = sweep(out, "--mechanisms=window", "--points=1")
