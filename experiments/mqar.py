@@ -232,7 +232,7 @@ def run(point: Point) -> dict[str, Any]:
 def accuracy(model: Model, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
   """The share of questions whose likeliest answer is right."""
   answers = model(params, batch["inputs"]).argmax(-1)
-  right = (answers == batch["targets"]) * batch["weights"]
+  right = jnp.where(answers == batch["targets"], batch["weights"], 0.0)
   return right.sum() / batch["weights"].sum()
 
 

@@ -171,7 +171,8 @@ def test_what_is_refused(case, extras, message):
   assert flash_tpu.unsupported(*case.inputs(), extras, SETTINGS) == message
 
 
-def test_wide_heads_have_small_blocks_where_matrix_units_are_small():
+def test_wide_heads_have_small_blocks_where_matrix_units_are_small(monkeypatch):
+  monkeypatch.undo()
   wide = (1, 4096, 1, 256)
   sides = {}
   for chip in ("v5e", "v5p", "v6e", "tpu7x"):
