@@ -7,7 +7,7 @@ data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash
 are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
 """
 
-from types import ModuleType
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,14 +41,7 @@ class _Operands(NamedTuple):
   mask: Mask
 
 
-def _kernel(chip: str) -> ModuleType:
-  if chip == "hopper":
-    from pallas_kernels import flash_hopper
-
-    return flash_hopper
-  from pallas_kernels import flash_tpu
-
-  return flash_tpu
+_kernel = functools.partial(kernels.module, "flash")
 
 
 def unsupported(chip: str, call: Any) -> str | None:

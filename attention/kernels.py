@@ -6,7 +6,9 @@ each element, one after the other: it fills a chip by itself.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,6 +17,13 @@ from jax.custom_batching import sequential_vmap
 from attention import chips
 
 _ABSENT = {"hopper": chips.not_hopper, "tpu": chips.not_tpu}
+
+
+def module(name: str, chip: str) -> ModuleType:
+  """`pallas_kernels/<name>_<chip>.py`, imported when it is asked for: one chip's compiler is no use
+  on another.
+  """
+  return importlib.import_module(f"pallas_kernels.{name}_{chip}")
 
 
 def unsupported(chip: str, arrays: Sequence[Any]) -> str | None:

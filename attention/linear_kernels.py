@@ -6,7 +6,7 @@ where a state fades to nothing. The derivative of a normalized output is put tog
 kernel's backward pass, which recomputes the states, does the rest.
 """
 
-from types import ModuleType
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,14 +36,7 @@ class Operands(NamedTuple):
   state: linear.State
 
 
-def _kernel(chip: str) -> ModuleType:
-  if chip == "hopper":
-    from pallas_kernels import linear_hopper
-
-    return linear_hopper
-  from pallas_kernels import linear_tpu
-
-  return linear_tpu
+_kernel = functools.partial(kernels.module, "linear")
 
 
 def unsupported(chip: str, call: Call) -> str | None:

@@ -24,12 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import flags, provenance
+from experiments import files, flags, provenance
 from experiments.benchmarks import (
   chip,
-  chip_picture,
   contenders,
-  linear_picture,
   memory,
   picture,
   resident,
@@ -268,13 +266,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
   verdicts = [targets.judge(target, results) for target in targets.load(options.suite)]
   results["targets"] = [verdict._asdict() for verdict in verdicts]
-  _write(path, results)
+  files.write_results(path, results)
   show = chip.table if on_chip else times_table
   print(show(results), targets.table(verdicts), sep="\n\n")
-  draw = picture.draw
-  if on_chip:
-    linear = CHIP_SUITES[options.suite].mechanism == "linear"
-    draw = linear_picture.draw if linear else chip_picture.draw
+  draw = chip.mechanism(CHIP_SUITES[options.suite]).draw if on_chip else picture.draw
   path.with_suffix(".png").write_bytes(draw(results))
   unmet = [f"{v.what} ({v.verdict})" for v in verdicts if v.verdict != "met"]
   if on_chip and results["checks"]["verdict"] != "passed":
@@ -306,7 +301,7 @@ def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   if options.tune:
     path = pathlib.Path(options.out or tune.table_of(name))
     where = _environment({}) | chip.chip_environment()
-    save = functools.partial(_write, path)
+    save = functools.partial(files.write_results, path)
     found = tune.search(CHIP_SUITES[options.suite], options.limit_s, where, say, save)
     save(found)
     return path, found
@@ -317,14 +312,9 @@ def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
     torch_python=options.torch_python,
     limit_s=options.limit_s,
     say=say,
-    save=functools.partial(_write, path),
+    save=functools.partial(files.write_results, path),
   )
   return path, results
-
-
-def _write(path: pathlib.Path, results: Mapping[str, Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: pathlib.Path, suite: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import flags, provenance
+from experiments import files, flags, provenance
 from experiments.compiling import rules, worker
 from experiments.compiling.programs import PROGRAMS
 from experiments.compiling.shapes import BACKWARD, FORWARD, SHAPES, STEP
@@ -250,8 +250,7 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, Any] = {
       "environment": environment(), "absent": asked.absent, "rows": rows
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    files.write_results(path, results)
   else:
     results = _read(path)
   print(tables(results))

@@ -13,7 +13,6 @@ tokens of the same kind. Writes experiments/results/linear_errors.json and print
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention import linear_attention, linear_kernels
 from attention.ops import linear
-from experiments import flags, provenance
+from experiments import files, flags, provenance
 from experiments.flags import UserError, knob
 from pallas_kernels import linear as contract
 from pallas_kernels import linear_hopper, linear_tpu
@@ -268,8 +267,7 @@ def main(argv: Sequence[str]) -> int:
     "fla_allows": ALLOWED_ELSEWHERE,
     "rows": rows(options),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+  files.write_results(path, results)
   print(table(results["rows"]))
   return 0
 

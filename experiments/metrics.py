@@ -6,11 +6,11 @@ done, "time": unix seconds, ...}; its kind is start, train, valid, evaluation, s
 
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any, Self
 
+from experiments import files
 from experiments.flags import blame_user
 
 FILE = "metrics.jsonl"
@@ -35,9 +35,7 @@ def rewind(workdir: str | pathlib.Path, step: int) -> int:
     return 0
   lines = _whole_lines(path.read_bytes())
   kept = [line for line in lines if json.loads(line)["step"] <= step]
-  partial = path.with_suffix(".partial")
-  partial.write_bytes(b"".join(line + b"\n" for line in kept))
-  os.replace(partial, path)
+  files.replace(path, b"".join(line + b"\n" for line in kept))
   return len(lines) - len(kept)
 
 

@@ -17,7 +17,6 @@ one sequence, over both layers, without the short convolutions that all of them 
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -30,7 +29,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from attention import variants
-from experiments import figures, flags, learning, provenance
+from experiments import figures, files, flags, learning, provenance
 from experiments.config import PRESETS, Config
 from experiments.data.source import Record
 from experiments.flags import UserError, knob
@@ -57,19 +56,17 @@ class Mechanism:
 
   pattern: str
   """Of both layers; {window} is the point's."""
-  lr: float
-  """Peak learning rate."""
   color: str
   head_dims: tuple[int, ...]
   windows: tuple[int, ...] = (0,)
 
 
 MECHANISMS: Final[Mapping[str, Mechanism]] = {
-  "attention": Mechanism("softmax", 1e-2, "#1d2430", (4, 8, 16)),
-  "Based": Mechanism("taylor", 1e-2, "#1f5fb4", (4, 6, 8, 12)),
-  "GLA": Mechanism("gated_linear", 1e-2, "#20803f", (16, 24, 32, 48)),
-  "Mamba-2": Mechanism("mamba2", 1e-2, "#c05a00", (4, 6, 8, 16)),
-  "window": Mechanism("softmax:window={window}", 1e-2, "#a0307f", (16,), (4, 8, 16)),
+  "attention": Mechanism("softmax", "#1d2430", (4, 8, 16)),
+  "Based": Mechanism("taylor", "#1f5fb4", (4, 6, 8, 12)),
+  "GLA": Mechanism("gated_linear", "#20803f", (16, 24, 32, 48)),
+  "Mamba-2": Mechanism("mamba2", "#c05a00", (4, 6, 8, 16)),
+  "window": Mechanism("softmax:window={window}", "#a0307f", (16,), (4, 8, 16)),
 }
 """Name -> mechanism, in the order that the field has found, best first."""
 
@@ -85,7 +82,7 @@ class Options:
   seq_len: int = knob(32, "Tokens of a sequence, four or more for each pair.", "[4, inf)")
   pairs: int = knob(8, "Pairs of key and value.", "[1, inf)")
   vocab_size: int = knob(32, "Keys and values together.", "[4, inf)")
-  lr: float = knob(0.0, "Peak learning rate; 0 is the mechanism's own.", "[0, inf)")
+  lr: float = knob(1e-2, "Peak learning rate.", "(0, inf)")
   points: int = knob(0, "Smallest sizes of each mechanism; 0 is all.", "[0, inf)")
   out: str = knob("", "Results, JSON, the picture beside it; empty is experiments/results.")
 
@@ -155,7 +152,7 @@ def _config(options: Options, one: Mechanism, head_dim: int, window: int) -> Con
     "model.width": options.width,
     "model.mlp_width": options.width,
     "model.head_dim": head_dim,
-    "optim.lr": options.lr or one.lr,
+    "optim.lr": options.lr,
   }
   return flags.replace(Config(), {**PRESETS["mqar"], **changes})
 
@@ -244,10 +241,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Puts the rows in place of the file whole, so that a kill leaves the old or the new."""
   environment = provenance.environment(("jax", "jaxlib", "flax", "optax", "numpy"))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  new = path.with_suffix(".new")
-  new.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-  os.replace(new, path)
+  files.write_results(path, {"environment": environment, "rows": rows})
 
 
 def picture(rows: Iterable[Mapping[str, Any]]) -> Figure:

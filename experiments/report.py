@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import figures, flags, page
+from experiments import figures, files, flags, page
 from experiments.figures import Series, number
 from experiments.flags import knob
 from experiments.history import Row, Run, finite, read, step
@@ -34,16 +34,9 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
   pictures = draw(run)
   folder = pathlib.Path(workdir)
   for name, images in pictures.items():
-    _replace(folder / f"{name}.png", images["light"])
-  _replace(folder / "report.html", render(run, pictures).encode("utf-8"))
+    files.replace(folder / f"{name}.png", images["light"])
+  files.replace(folder / "report.html", render(run, pictures).encode("utf-8"))
   return folder / "report.html"
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file so that a reader finds the old one or the new one, never half of it."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(content)
-  os.replace(partial, path)
 
 
 _TRACES: Mapping[str, tuple[str, str, float]] = {

@@ -52,11 +52,10 @@ class Chip(NamedTuple):
 
 
 # Peaks are NVIDIA's H200 data sheet (dense) and, for TPUs, https://cloud.google.com/tpu/docs/v5e,
-# v5p, v6e and tpu7x; a TPU7x chip is two devices. Bandwidths are from there,
-# too. TPU clocks are peak / operations per cycle: four
-# (v5p: twice four) units of 128 x 128, or two of 256 x 256 that do two rows a cycle (the estimated
-# cycles in the HLO of a large product rule out one), a multiply-add being two. VMEM is that of
-# `pltpu.get_tpu_info_for_chip`.
+# v5p, v6e and tpu7x, and so are bandwidths; a TPU7x chip is two devices. TPU clocks are peak /
+# operations per cycle: four (v5p: twice four) units of 128 x 128, or two of 256 x 256 that do two
+# rows a cycle (the estimated cycles in the HLO of a large product rule out one), a multiply-add
+# being two. VMEM is that of `pltpu.get_tpu_info_for_chip`.
 CHIPS: Final[Mapping[str, Chip]] = {
   "h200": Chip("cuda", "1x1x1", "NVIDIA H200", 989e12, 1.98e9, 232448, 4.8e12),
   "v5e": Chip("tpu", "v5e:2x2", "TPU v5 lite", 197e12, 1.5e9, 128 << 20, 819e9, delay_slots=4),

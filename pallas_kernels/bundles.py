@@ -189,15 +189,17 @@ class Trips(NamedTuple):
   """Blocks of the outer axis: how often a running sum is started and stored."""
   steps: float
   """Steps of the grid, those that visit nothing included."""
+  starts_inside: bool = False
+  """Whether what starts a row lies within what every step runs."""
 
 
-def cycles(schedule: Schedule, trips: Trips, *, starts_inside: bool = False) -> float | None:
+def cycles(schedule: Schedule, trips: Trips) -> float | None:
   """Bundles that the whole kernel starts, or None if its shape is not one that we understand.
 
   Known shapes: one hot node that every visit runs, or two, of which the shorter runs for full and
   the longer for mixed blocks. What is around hot regions runs once a step, what is around hot loops
   once a row. A part without matrix instructions runs once a row, or with the hot node it is in;
-  with `starts_inside` also there once a row, as where a step that works starts a row first.
+  with `trips.starts_inside` also there once a row, as where a step that works starts a row first.
   """
   nodes = hot(schedule)
   if len(nodes) > 2:
@@ -206,22 +208,20 @@ def cycles(schedule: Schedule, trips: Trips, *, starts_inside: bool = False) -> 
   if len(nodes) == 2:
     short, long = sorted(nodes, key=lambda node: node.bundles)
     visits = {short: trips.full, long: trips.mixed}
-  return _cycles(schedule.root, 1.0, visits, trips, starts_inside)
+  return _cycles(schedule.root, 1.0, visits, trips)
 
 
-def _cycles(
-  node: Node, times: float, visits: Mapping[Node, float], trips: Trips, starts_inside: bool
-) -> float:
+def _cycles(node: Node, times: float, visits: Mapping[Node, float], trips: Trips) -> float:
   total = node.own * times
   for child in node.children:
     inner = [n for n in visits if child.start <= n.start and n.end <= child.end]
     if child in visits:
       runs = visits[child]
     elif not inner:
-      runs = times if node in visits and not starts_inside else min(times, trips.rows)
+      runs = times if node in visits and not trips.starts_inside else min(times, trips.rows)
     elif any(n.kind == "loop" for n in inner):
       runs = trips.rows
     else:
       runs = trips.steps
-    total += _cycles(child, runs, visits, trips, starts_inside)
+    total += _cycles(child, runs, visits, trips)
   return total

@@ -43,7 +43,7 @@ from pallas_kernels.linear_tpu_chunk import Refs
 from pallas_kernels.linear_tpu_step import step
 from pallas_kernels.linear_tpu_tiles import CHUNK, Shape, heads, product
 
-__all__ = ["backward", "forward", "step", "unsupported"]
+__all__ = ["backward", "forward", "parts", "step", "unsupported"]
 
 HEADS = 8
 """At most so many heads a step."""

@@ -5,12 +5,25 @@ float64.
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from pallas_kernels import aot
+
+
+def needs_compiler(chip: str) -> None:
+  """Skips the test where nothing can be compiled for a chip; fails it where REQUIRE_COMPILERS is
+  set, as where CI has installed them.
+  """
+  if why := aot.missing(aot.CHIPS[chip]):
+    stop = pytest.fail if "REQUIRE_COMPILERS" in os.environ else pytest.skip
+    stop(f"nothing can be compiled for {chip}: {why}")
 
 
 class Tolerance(NamedTuple):

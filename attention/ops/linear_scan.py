@@ -24,7 +24,6 @@ memory; O(T) memory, both ways.
 """
 
 import functools
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -220,14 +219,7 @@ def _scan_backward(walk, saved, dx):
 scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _kernel(chip: str) -> ModuleType:
-  if chip == "hopper":
-    from pallas_kernels import linear_scan_hopper
-
-    return linear_scan_hopper
-  from pallas_kernels import linear_scan_tpu
-
-  return linear_scan_tpu
+_kernel = functools.partial(kernels.module, "linear_scan")
 
 
 def _unsupported(chip: str, call: Call) -> str | None:

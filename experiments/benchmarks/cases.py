@@ -11,7 +11,7 @@ half of it where causal; of a window and of documents only the pairs that may at
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
+from typing import ClassVar, Final
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ BACKWARD = 2.5  # operations of the backward pass, of those of the forward pass
 class Case:
   """One shape under one mask."""
 
+  mechanism: ClassVar[str] = "softmax"
   mask: str
   """"full", "causal", "window W": the last W tokens, or "documents M": of mean length M, packed."""
   B: int
@@ -101,15 +102,12 @@ class Case:
     """What was done in a second, by the name of its unit."""
     return {"tflops": self.operations(kind) / seconds / 1e12}
 
-  def row(self) -> dict[str, object]:
-    """What the results keep of it."""
-    return {"case": self.name, **dataclasses.asdict(self)}
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCase:
   """One shape of linear attention; keys and values are of one width."""
 
+  mechanism: ClassVar[str] = "linear"
   decay: str
   """"token" or "channel"."""
   B: int
@@ -128,20 +126,28 @@ class LinearCase:
     return self.decay
 
   def moved(self, kind: str) -> float:
-    """Bytes of every input and output once, 16 bits wide, decays 32; both passes are a sum."""
+    """Bytes of every input and output once, 16 bits wide, decays 32; both passes are a sum. Of a
+    "step", one token more, also its state there and back.
+    """
     if kind == "forward+backward":
       return self.moved("forward") + self.moved("backward")
-    arrays, decays = (4, 1) if kind == "forward" else (7, 2)
+    arrays, decays = (7, 2) if kind == "backward" else (4, 1)
+    tokens, state = (1, 2 * 4 * self.H**2) if kind == "step" else (self.T, 0)
     width = self.H if self.decay == "channel" else 1
-    return float(self.B * self.T * self.N * (2 * arrays * self.H + 4 * decays * width))
+    each = 2 * arrays * self.H + 4 * decays * width + state
+    return float(self.B * tokens * self.N * each)
 
   def rate(self, kind: str, seconds: float) -> dict[str, float]:
     """Least bytes in a second, which no memory exceeds."""
     return {"terabytes": self.moved(kind) / seconds / 1e12}
 
-  def row(self) -> dict[str, object]:
-    """What the results keep of it."""
-    return {"case": self.name, **dataclasses.asdict(self)}
+
+AnyCase = Case | LinearCase
+
+
+def case_row(case: AnyCase) -> dict[str, object]:
+  """What the results keep of a case."""
+  return {"case": case.name, **dataclasses.asdict(case)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +168,13 @@ class ChipSuite:
   """Which checks of `checks.py`; None is all."""
   contenders: Mapping[str, tuple[str, ...]]
   """Family of cases -> who takes part, ours left out."""
-  mechanism: str = "softmax"
-  """Or "linear"."""
   cases: tuple[Case, ...] | tuple[LinearCase, ...]
   """The most telling first: time may run out."""
+
+  @property
+  def mechanism(self) -> str:
+    """ "softmax" or "linear"."""
+    return self.cases[0].mechanism
 
 
 def _case(mask: str, H: int, T: int) -> Case:
@@ -188,8 +197,14 @@ def _gpu_cases() -> tuple[Case, ...]:
 
 _DENSE = ("jax cuDNN", "tokamax", "torch efficient", "torch cuDNN")
 
-# (B, T, N, H) of flash-linear-attention's registry of benchmarks.
-_FLA: Final = ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256))
+# The shapes of flash-linear-attention's registry of benchmarks.
+FLA: Final = tuple(
+  LinearCase(decay=decay, B=B, T=T, N=N, H=H)
+  for B, T, N, H in (
+    (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256)
+  )
+  for decay in ("token", "channel")
+)  # fmt: skip
 
 CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
   "gpu": ChipSuite(
@@ -217,12 +232,7 @@ CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
     together=2,
     checks=None,
     contenders=dict.fromkeys(("token", "channel"), ("fla", "jax-linear-attention", "chunked")),
-    mechanism="linear",
-    cases=tuple(
-      LinearCase(decay=decay, B=B, T=T, N=N, H=H)
-      for B, T, N, H in _FLA
-      for decay in ("token", "channel")
-    ),
+    cases=FLA,
   ),
   "gpu-linear-toy": ChipSuite(
     device="cpu",
@@ -233,7 +243,6 @@ CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
     together=2,
     checks=("token, odd T", "one token more"),
     contenders={"token": ("recurrence", "torch recurrence", "fla"), "channel": ("recurrence",)},
-    mechanism="linear",
     cases=(
       LinearCase(decay="token", B=1, T=96, N=2, H=16),
       LinearCase(decay="channel", B=2, T=64, N=2, H=8),

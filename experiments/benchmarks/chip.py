@@ -16,18 +16,25 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from attention import chips
-from experiments.benchmarks import checks, linear_checks, linear_rivals, rivals, timing
-from experiments.benchmarks.cases import CHIP_SUITES, Case, ChipSuite, LinearCase
+from experiments.benchmarks import (
+  checks,
+  chip_picture,
+  linear_checks,
+  linear_picture,
+  linear_rivals,
+  rivals,
+  timing,
+)
+from experiments.benchmarks.cases import CHIP_SUITES, AnyCase, ChipSuite, case_row
 from experiments.benchmarks.contenders import BOTH, Torch
 from experiments.benchmarks.rivals import Inputs, Ready
 from experiments.flags import UserError
 
-AnyCase = Case | LinearCase
 CHECKS_SHARE = 0.4  # of the time, at most
 RESERVE = 20.0  # seconds of it, for what comes before and after the measuring
 HANG = 240.0  # seconds without progress after which a kernel counts as one that never ends
@@ -38,17 +45,47 @@ _TIMES = (
   "jax.vjp alone, its residuals held on the device (torch: autograd.grad with the graph kept); "
   "forward+backward is the sum of the two, round by round. "
 )
-METHOD = {
-  "softmax": _TIMES
-  + "TFLOP/s count 2 B N T S (H + h) forward and 2.5 times that backward, half of "
-  "it where causal, and of windows and documents only the pairs that may attend.",
-  "linear": _TIMES
-  + "Gradients are of q, k, v and the decays. TB/s count every input and output of "
-  "a pass once, decays in float32, so that the chip's memory is what no pass exceeds.",
+
+
+class Mechanism(NamedTuple):
+  """How attention of one kind is checked, timed and shown."""
+
+  rivals: Any
+  """The module of its contenders."""
+  check: Callable[..., dict[str, Any]]
+  rate: str
+  """The name of what `Case.rate` counts."""
+  unit: str
+  counted: str
+  """What that is."""
+  draw: Callable[[Mapping[str, Any]], bytes]
+
+
+MECHANISMS = {
+  "softmax": Mechanism(
+    rivals,
+    checks.run,
+    "tflops",
+    "TFLOP/s",
+    "TFLOP/s count 2 B N T S (H + h) forward and 2.5 times that backward, half of it where causal, "
+    "and of windows and documents only the pairs that may attend.",
+    chip_picture.draw,
+  ),
+  "linear": Mechanism(
+    linear_rivals,
+    linear_checks.run,
+    "terabytes",
+    "TB/s",
+    "Gradients are of q, k, v and the decays. TB/s count every input and output of a pass once, "
+    "decays in float32, so that the chip's memory is what no pass exceeds.",
+    linear_picture.draw,
+  ),
 }
-RIVALS = {"softmax": rivals, "linear": linear_rivals}
-CHECKS = {"softmax": checks.run, "linear": linear_checks.run}
-UNITS = {"softmax": ("tflops", "TFLOP/s"), "linear": ("terabytes", "TB/s")}
+
+
+def mechanism(suite: ChipSuite) -> Mechanism:
+  """That of a suite."""
+  return MECHANISMS[suite.mechanism]
 
 
 def prepare(name: str) -> str:
@@ -93,11 +130,11 @@ def measure(
   results: dict[str, Any] = {
     "suite": name,
     "environment": dict(environment) | chip_environment(),
-    "method": METHOD[suite.mechanism],
+    "method": _TIMES + mechanism(suite).counted,
     "mechanism": suite.mechanism,
     "ours": suite.ours,
     "dtype": suite.dtype,
-    "cases": [case.row() for case in suite.cases],
+    "cases": [case_row(case) for case in suite.cases],
     "absent": {},
     "refused": {},
     "errors": {},
@@ -105,9 +142,9 @@ def measure(
     "unmeasured": {case.name: "the run ended before it" for case in suite.cases},
   }
   until = start + CHECKS_SHARE * limit_s
-  results["checks"] = CHECKS[suite.mechanism](suite.ours, suite.checks, until, say)
+  results["checks"] = mechanism(suite).check(suite.ours, suite.checks, until, say)
   save(results)
-  with Torch(torch_python, RIVALS[suite.mechanism].WORKER) as torch:
+  with Torch(torch_python, mechanism(suite).rivals.WORKER) as torch:
     results["environment"]["torch"] = torch.versions
     results["environment"]["versions"] |= {"torch": torch.versions.get("torch")}
     results["absent"] = _absent(suite, torch)
@@ -122,7 +159,7 @@ def measure(
 
 def _absent(suite: ChipSuite, torch: Torch) -> dict[str, str]:
   names = dict.fromkeys(who for group in suite.contenders.values() for who in group)
-  return {who: why for who in names if (why := RIVALS[suite.mechanism].absent(who, suite, torch))}
+  return {who: why for who in names if (why := mechanism(suite).rivals.absent(who, suite, torch))}
 
 
 def _time_all(
@@ -158,7 +195,7 @@ def _compile(
   suite: ChipSuite, group: Sequence[AnyCase], absent: Mapping[str, str]
 ) -> dict[AnyCase, tuple[Inputs, dict[str, Ready]]]:
   """The contenders of this process, of several cases, compiled side by side."""
-  library: Any = RIVALS[suite.mechanism]
+  library = mechanism(suite).rivals
   given = {case: library.inputs(suite, case) for case in group}
   with ThreadPoolExecutor(os.cpu_count()) as pool:
     tasks = {
@@ -174,7 +211,7 @@ def _compile(
 
 
 def _prepared(who: str, suite: ChipSuite, case: AnyCase, given: Inputs) -> Ready:
-  library: Any = RIVALS[suite.mechanism]
+  library = mechanism(suite).rivals
   try:
     return rivals.prepare(library.rival(who, suite, case), given)
   except Exception as problem:  # a library that cannot be imported, or has changed
@@ -189,7 +226,7 @@ def _time_case(
   results: dict[str, Any],
 ) -> int:
   """Times one case and writes its rows, and who could not take part; returns how many there are."""
-  library: Any = RIVALS[suite.mechanism]
+  library = mechanism(suite).rivals
   by_torch = [
     who
     for who in suite.contenders[case.family]
@@ -238,8 +275,8 @@ def _rows(
     if kind == rivals.BACKWARD and (who, rivals.FORWARD) in measured:
       rows[who, BOTH] = timing.added(measured[who, rivals.FORWARD], measured[who, kind])
   return [
-    {"contender": who, "kind": kind, **case.row()} | row | case.rate(kind, row["median"])
-    for (who, kind), row in rows.items()
+    {"contender": who, "kind": kind, **case_row(case)} | times | case.rate(kind, times["median"])
+    for (who, kind), times in rows.items()
   ]
 
 
@@ -266,10 +303,10 @@ def watched(what: str, say: Callable[[str], None]) -> Generator[None]:
 
 def table(results: Mapping[str, Any]) -> str:
   """Rates, a line per case and kind, a column per contender; then what is wrong or missing."""
-  unit, title = UNITS[results.get("mechanism", "softmax")]
-  rows = {(r["case"], r["kind"], r["contender"]): r[unit] for r in results["times"]}
+  shown = MECHANISMS[results["mechanism"]]
+  rows = {(r["case"], r["kind"], r["contender"]): r[shown.rate] for r in results["times"]}
   names = list(dict.fromkeys(who for _, _, who in rows))
-  lines = [f"{title:<46}" + "".join(f"{name:>17}" for name in names)]
+  lines = [f"{shown.unit:<46}" + "".join(f"{name:>17}" for name in names)]
   for case, kind in dict.fromkeys((case, kind) for case, kind, _ in rows):
     cells = (rows.get((case, kind, name)) for name in names)
     texts = (f"{'' if cell is None else f'{cell:.4g}':>17}" for cell in cells)

@@ -39,30 +39,10 @@ def draw(results: Mapping[str, Any]) -> bytes:
       panel.set_title(f"{kind}, {mask}, H={H}", loc="left", color=INK, fontsize=10)
   partial = [case for case in results["cases"] if case["mask"] not in ("full", "causal")]
   _bars(bottom.subplots(), partial, rows, results["ours"])
-  everybody = dict.fromkeys((results["ours"], *PEERS))
-  handles = {}
-  for panel in figure.axes:
-    drawn, names = panel.get_legend_handles_labels()
-    handles = dict(zip(names, drawn, strict=True)) | handles
-  order = [name for name in everybody if name in handles]
-  bottom.legend(
-    [handles[name] for name in order],
-    order,
-    loc="outside lower center",
-    ncols=max(1, len(order)),
-    frameon=False,
-    labelcolor=INK,
-  )
-  figure.suptitle(_title(results), color=INK, fontsize=10)
+  picture.legend(bottom, figure.axes, (results["ours"], *PEERS))
+  title = picture.chip_title("Softmax attention", results)
+  figure.suptitle(title, color=INK, fontsize=10)
   return picture.png(figure)
-
-
-def _title(results: Mapping[str, Any]) -> str:
-  where = results["environment"]
-  return (
-    f"Softmax attention on {where['device']}, {results['dtype']}, jax {where['versions']['jax']}, "
-    f"{where['date'][:10]}; checks {results['checks']['verdict']}"
-  )
 
 
 def _style(name: str, ours: str) -> tuple[str, str, str]:

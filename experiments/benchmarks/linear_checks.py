@@ -10,7 +10,7 @@ the tests' share for bfloat16. Each program runs twice and must give the same bi
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -214,8 +214,7 @@ run = functools.partial(checks.run, known=CHECKS, module=__name__)
 
 def main(implementation: str, *names: str) -> None:
   """The checks of these names."""
-  chosen: Sequence[str] = names
-  checks.serve(implementation, chosen, CHECKS, compiled)
+  checks.serve(implementation, names, CHECKS, compiled)
 
 
 if __name__ == "__main__":

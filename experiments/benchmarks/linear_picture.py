@@ -29,25 +29,9 @@ def draw(results: Mapping[str, Any]) -> bytes:
       _bars(panel, results, decay, kind)
       title = f"{kind}, decays per {decay}"
       panel.set_title(title, loc="left", color=INK, fontsize=10)
-  handles = {}
-  for panel in figure.axes:
-    drawn, names = panel.get_legend_handles_labels()
-    handles = dict(zip(names, drawn, strict=True)) | handles
-  figure.legend(
-    handles.values(),
-    handles.keys(),
-    loc="outside lower center",
-    ncols=max(1, len(handles)),
-    frameon=False,
-    labelcolor=INK,
-  )
-  where = results["environment"]
-  figure.suptitle(
-    f"Linear attention on {where['device']}, {results['dtype']}, jax {where['versions']['jax']}, "
-    f"{where['date'][:10]}; checks {results['checks']['verdict']}",
-    color=INK,
-    fontsize=10,
-  )
+  picture.legend(figure, figure.axes, (results["ours"], *PEERS))
+  title = picture.chip_title("Linear attention", results)
+  figure.suptitle(title, color=INK, fontsize=10)
   return picture.png(figure)
 
 

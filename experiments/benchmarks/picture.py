@@ -1,12 +1,12 @@
 """Time and memory against length, on logarithmic scales: one page, drawn from the results alone."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 INK, MUTED, GRID = "#1d2430", "#697386", "#e6e9ee"
@@ -36,16 +36,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
   axes = figure.subplots(2, 2)
   for panel, (table, kind, title) in zip(axes.flat, PANELS, strict=True):
     _panel(panel, [row for row in results[table] if row["kind"] == kind], table, title)
-  handles = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
-  order = [name for name in (*STYLES, "q, k, v and the output") if name in handles]
-  figure.legend(
-    [handles[name] for name in order],
-    order,
-    loc="outside lower center",
-    ncols=min(4, max(1, len(order))),
-    frameon=False,
-    labelcolor=INK,
-  )
+  legend(figure, axes.flat, (*STYLES, "q, k, v and the output"), columns=4)
   figure.suptitle(_title(results), color=INK, fontsize=10)
   return png(figure)
 
@@ -62,6 +53,34 @@ def png(figure: Figure) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
   return buffer.getvalue()
+
+
+def legend(
+  where: Figure | SubFigure, panels: Iterable[Axes], order: Iterable[str], columns: int = 9
+) -> None:
+  """Each name that some panel has drawn once, below everything, in this order."""
+  handles = {}
+  for panel in panels:
+    drawn, names = panel.get_legend_handles_labels()
+    handles = dict(zip(names, drawn, strict=True)) | handles
+  names = [name for name in dict.fromkeys(order) if name in handles]
+  where.legend(
+    [handles[name] for name in names],
+    names,
+    loc="outside lower center",
+    ncols=min(columns, max(1, len(names))),
+    frameon=False,
+    labelcolor=INK,
+  )
+
+
+def chip_title(what: str, results: Mapping[str, Any]) -> str:
+  """Over a page of what was measured on a chip."""
+  where = results["environment"]
+  return (
+    f"{what} on {where['device']}, {results['dtype']}, jax {where['versions']['jax']}, "
+    f"{where['date'][:10]}; checks {results['checks']['verdict']}"
+  )
 
 
 def quiet(axes: Axes) -> None:

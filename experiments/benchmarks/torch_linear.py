@@ -4,7 +4,6 @@ flash-linear-attention's Triton kernels on a GPU, and the recurrence itself anyw
 Arrays lie as fla reads them, `B T N H`, so that no call copies them first.
 """
 
-import functools
 import importlib
 from typing import Any
 
@@ -13,20 +12,15 @@ from experiments.benchmarks import torch_worker
 NAMES = ("q", "k", "v", "g", "do")
 
 
-class Worker:
-  """Holds the inputs of one case."""
+class Worker(torch_worker.Held):
+  """Linear attention, in fla's layout [B, T, N, H]."""
 
-  def __init__(self, torch: Any) -> None:
-    self.torch = torch
-    self.inputs: list[Any] = []
-    self.cotangent: Any = None
-    self.kept: dict[str, Any] = {}
-    self.device, self.dtype, self.decay = "cpu", torch.float32, "token"
+  decay = "token"
 
   def use(self, device: str, dtype: str, decay: str) -> dict[str, Any]:
     """Where, in what, and whose decays: "token" or "channel"."""
     self.device, self.dtype, self.decay = device, getattr(self.torch, dtype), decay
-    self.inputs, self.cotangent, self.kept = [], None, {}
+    self.forget()
     return {}
 
   def _decays(self, shape: list[int]) -> list[int]:
@@ -70,21 +64,6 @@ class Worker:
       state = fade[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
       outs.append(scale * (q[:, t, ..., None] * state).sum(-2))
     return self.torch.stack(outs, 1)
-
-  def once(self, kind: str, backend: str) -> Any:
-    """One call, forward, or backward alone, of an output that is kept."""
-    if kind == "forward":
-      with self.torch.no_grad():
-        return self.attend(backend)
-    if backend not in self.kept:
-      self.kept[backend] = self.attend(backend)
-    gradients = self.torch.autograd.grad
-    return gradients(self.kept[backend], self.inputs, self.cotangent, retain_graph=True)
-
-  def time(self, kind: str, repeats: int, backend: str) -> dict[str, Any]:
-    """Seconds per call."""
-    once = functools.partial(self.once, kind, backend)
-    return {"seconds": torch_worker.seconds(self.torch, self.device, once, repeats)}
 
   def answer(self, folder: str, backend: str) -> dict[str, Any]:
     """Writes the output, float32 [B, T, N, H]."""

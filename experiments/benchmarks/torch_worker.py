@@ -22,23 +22,58 @@ from experiments.benchmarks import resident
 NAMES = ("q", "k", "v", "do")
 
 
-class Worker:
-  """Holds the inputs of one length, in torch's layout [B, N, T, H]."""
+class Held:
+  """Inputs of one case, and timed calls with them; who derives from it knows how to `attend`."""
 
   def __init__(self, torch: Any) -> None:
     self.torch = torch
+    self.device, self.dtype = "cpu", torch.float32
+    self.forget()
+
+  def forget(self) -> None:
+    """Drops what is held, for it is large."""
     self.inputs: list[Any] = []
     self.cotangent: Any = None
     self.kept: dict[str, Any] = {}
-    self.device, self.dtype = "cpu", torch.float32
-    self.allowed: dict[str, Any] = {"is_causal": True}
+
+  def attend(self, backend: str) -> Any:
+    """The output, by a backend of this name."""
+    raise NotImplementedError(backend)
+
+  def once(self, kind: str, backend: str = "") -> Any:
+    """One call: forward, forward and backward, or backward alone, of an output that is kept."""
+    if kind == "forward":
+      with self.torch.no_grad():
+        return self.attend(backend)
+    gradients = self.torch.autograd.grad
+    if kind == "forward+backward":
+      return gradients(self.attend(backend), self.inputs, self.cotangent)
+    if backend not in self.kept:
+      self.kept[backend] = self.attend(backend)
+    return gradients(self.kept[backend], self.inputs, self.cotangent, retain_graph=True)
+
+  def time(self, kind: str, repeats: int, backend: str = "") -> dict[str, Any]:
+    """Seconds per call; on a chip the calls queue up and are waited for once."""
+    wait = self.torch.cuda.synchronize if self.device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+      self.once(kind, backend)
+    wait()
+    return {"seconds": (time.perf_counter() - start) / repeats}
+
+
+class Worker(Held):
+  """Softmax attention, in torch's layout [B, N, T, H]."""
+
+  allowed: dict[str, Any] = {"is_causal": True}
 
   def use(self, device: str, dtype: str, mask: str, documents: list[int]) -> dict[str, Any]:
     """Where, in what, and under which mask: "full", "causal", "window W" or "documents M", of which
     `documents` has every token's number. The last two are arrays here.
     """
     self.device, self.dtype = device, getattr(self.torch, dtype)
-    self.inputs, self.cotangent, self.kept = [], None, {}
+    self.forget()
     if mask in ("full", "causal"):
       self.allowed = {"is_causal": mask == "causal"}
       return {}
@@ -78,23 +113,6 @@ class Worker:
     with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
       return attend(*self.inputs, **self.allowed)
 
-  def once(self, kind: str, backend: str = "") -> Any:
-    """One call: forward, forward and backward, or backward alone, of an output that is kept."""
-    if kind == "forward":
-      with self.torch.no_grad():
-        return self.attend(backend)
-    gradients = self.torch.autograd.grad
-    if kind == "forward+backward":
-      return gradients(self.attend(backend), self.inputs, self.cotangent)
-    if backend not in self.kept:
-      self.kept[backend] = self.attend(backend)
-    return gradients(self.kept[backend], self.inputs, self.cotangent, retain_graph=True)
-
-  def time(self, kind: str, repeats: int, backend: str = "") -> dict[str, Any]:
-    """Seconds per call."""
-    once = functools.partial(self.once, kind, backend)
-    return {"seconds": seconds(self.torch, self.device, once, repeats)}
-
   def memory(self, kind: str) -> dict[str, Any]:
     """Bytes by which one call raises the peak of this process."""
     tiny = [x[:, :, :16].detach().clone().requires_grad_() for x in self.inputs]
@@ -109,17 +127,6 @@ class Worker:
     """Writes the output, float32 [B, T, N, H]."""
     write(folder, self.once("forward", backend).transpose(1, 2))
     return {}
-
-
-def seconds(torch: Any, device: str, once: Any, repeats: int) -> float:
-  """Per call of `once`; on a chip the calls queue up and are waited for once."""
-  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-  wait()
-  start = time.perf_counter()
-  for _ in range(repeats):
-    once()
-  wait()
-  return (time.perf_counter() - start) / repeats
 
 
 def write(folder: str, out: Any) -> None:

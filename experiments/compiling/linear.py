@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from attention import linear_attention
 from attention.ops import linear
-from experiments.compiling.shapes import BACKWARD, FORWARD, STEP, LinearShape
+from experiments.benchmarks.cases import LinearCase
+from experiments.compiling.shapes import BACKWARD, FORWARD, STEP
 from experiments.compiling.work import Built, Work
 from pallas_kernels import linear_tpu, linear_tpu_backward, linear_tpu_step, linear_tpu_tiles
 from pallas_kernels.bundles import Trips
@@ -18,7 +19,7 @@ XLA makes of their decays around the kernel takes it minutes.
 """
 
 
-def build(implementation: str, shape: LinearShape, kind: str, settings: Any) -> Built:
+def build(implementation: str, shape: LinearCase, kind: str, settings: Any) -> Built:
   """One pass by "hopper", "tpu" or "chunked"."""
   del settings
   short = implementation == "tpu" and kind != STEP
@@ -42,7 +43,7 @@ def build(implementation: str, shape: LinearShape, kind: str, settings: Any) -> 
   return Built(gradients, (q, q, q, g, q), works, whole=whole)
 
 
-def _arrays(shape: LinearShape, T: int) -> tuple[Any, Any]:
+def _arrays(shape: LinearCase, T: int) -> tuple[Any, Any]:
   """What q, k, v and the output are like, and the decays."""
   lead = (shape.B, T, shape.N)
   width = (shape.H,) if shape.decay == "channel" else ()
@@ -54,7 +55,7 @@ def _token(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((array.shape[0], *array.shape[2:]), array.dtype)
 
 
-def _state(shape: LinearShape) -> Any:
+def _state(shape: LinearCase) -> Any:
   make = lambda: linear.init_state(
     shape.B, num_heads=shape.N, num_kv_heads=shape.N, head_dim=shape.H, value_dim=shape.H,
     max_length=shape.T,
@@ -62,7 +63,7 @@ def _state(shape: LinearShape) -> Any:
   return jax.eval_shape(make)
 
 
-def _works(shape: LinearShape, kind: str) -> tuple[Work, ...]:
+def _works(shape: LinearCase, kind: str) -> tuple[Work, ...]:
   """How often our kernels' steps run on a TPU, at the whole length."""
   if kind == STEP:
     steps = shape.B * shape.N // linear_tpu_step.heads_a_step(shape.N)
@@ -70,6 +71,6 @@ def _works(shape: LinearShape, kind: str) -> tuple[Work, ...]:
   q, g = _arrays(shape, shape.T)
   most = linear_tpu_backward.HEADS if kind == BACKWARD else linear_tpu.HEADS
   B, rows, chunks = linear_tpu_tiles.shape(q, q, q, g, most).grid()
-  trips = Trips(B * rows * chunks, 0, B * rows, B * rows * chunks)
+  trips = Trips(B * rows * chunks, 0, B * rows, B * rows * chunks, starts_inside=True)
   names = ("linear_states", "linear_backward") if kind == BACKWARD else ("linear_forward",)
-  return tuple(Work(name, trips, starts_inside=True) for name in names)
+  return tuple(Work(name, trips) for name in names)

@@ -1,13 +1,12 @@
 """Our softmax attention, as its users call it."""
 
 import functools
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attention import dot_product_attention
+from attention import dot_product_attention, kernels
 from attention.lowering import Rule
 from experiments.compiling.shapes import FORWARD, Shape, mask, trips
 from experiments.compiling.work import Built, Work
@@ -51,7 +50,7 @@ def _works(chip: str, shape: Shape, kind: str) -> tuple[Work, ...]:
 
 
 def _blocks(chip: str, shape: Shape) -> Any:
-  kernels = importlib.import_module(f"pallas_kernels.flash_{chip}")
+  module = kernels.module("flash", chip)
   settings = Settings(scale=shape.H**-0.5, logit_cap=None, dropout_rate=0.0, rule=Rule(None))
   q, k, v, _ = _arrays(shape)
-  return kernels.blocks(q.shape, k.shape, v.shape, jnp.bfloat16, settings)
+  return module.blocks(q.shape, k.shape, v.shape, jnp.bfloat16, settings)

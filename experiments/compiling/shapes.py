@@ -11,6 +11,7 @@ import numpy as np
 
 from attention import masks
 from attention.masks import Mask, Span
+from experiments.benchmarks.cases import FLA, LinearCase
 from pallas_kernels import aot
 from pallas_kernels.bundles import Trips
 
@@ -35,19 +36,6 @@ class Shape:
   mechanism: ClassVar[str] = "flash"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LinearShape:
-  """A call of `linear_attention`; keys and values are of one width."""
-
-  B: int
-  T: int
-  N: int
-  H: int
-  decay: str
-  """"token" or "channel"."""
-  mechanism: ClassVar[str] = "linear"
-
-
 _SOFTMAX: Final[Mapping[str, Shape]] = {
   "7b_4k": Shape(what="a 7B model", T=4096, N=32, K=8, H=128, h=128),
   "7b_32k": Shape(what="a 7B model, long", T=32768, N=32, K=8, H=128, h=128),
@@ -62,15 +50,12 @@ _SOFTMAX: Final[Mapping[str, Shape]] = {
   ),
 }
 
-# flash-linear-attention's registry of benchmarks: (B, T, N, H).
-_REGISTRY: Final = ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256))
-_LINEAR: Final[Mapping[str, LinearShape]] = {
-  f"{B}x{T >> 10}k_{N}x{H}_{decay}": LinearShape(B=B, T=T, N=N, H=H, decay=decay)
-  for decay in ("token", "channel")
-  for B, T, N, H in _REGISTRY
+_LINEAR: Final[Mapping[str, LinearCase]] = {
+  f"{case.B}x{case.T >> 10}k_{case.N}x{case.H}_{case.decay}": case
+  for case in sorted(FLA, key=lambda case: case.decay, reverse=True)
 }
 
-SHAPES: Final[Mapping[str, Shape | LinearShape]] = {**_SOFTMAX, **_LINEAR}
+SHAPES: Final[Mapping[str, Shape | LinearCase]] = {**_SOFTMAX, **_LINEAR}
 
 
 def mask(shape: Shape) -> Mask:
@@ -98,21 +83,10 @@ def flops(shape: Shape, kind: str) -> int:
   return 2 * shape.N * pairs(shape) * widths
 
 
-def moved(shape: LinearShape, kind: str) -> int:
-  """Bytes that have to move: every input and output once, decays in float32; of a step its state
-  there and back.
-  """
-  each = shape.B * shape.N * (1 if kind == STEP else shape.T)
-  arrays = 7 if kind == BACKWARD else 4
-  decays = 4 * (shape.H if shape.decay == "channel" else 1) * (2 if kind == BACKWARD else 1)
-  states = 2 * 4 * shape.H**2 if kind == STEP else 0
-  return each * (arrays * 2 * shape.H + decays + states)
-
-
-def least(shape: Shape | LinearShape, kind: str, chip: aot.Chip) -> float:
+def least(shape: Shape | LinearCase, kind: str, chip: aot.Chip) -> float:
   """Seconds that a chip cannot do without: its matrix units', or its memory's."""
-  if isinstance(shape, LinearShape):
-    return moved(shape, kind) / chip.bandwidth
+  if isinstance(shape, LinearCase):
+    return shape.moved(kind) / chip.bandwidth
   return flops(shape, kind) / chip.peak
 
 

@@ -15,8 +15,6 @@ class Work(NamedTuple):
   """Over all heads."""
   parallel: bool = True
   """Whether the cores of a device share its grid."""
-  starts_inside: bool = False
-  """Whether what starts a row lies within what every step runs."""
 
 
 class Built(NamedTuple):

@@ -128,11 +128,7 @@ def _on_tpu(chip: aot.Chip, kernels: list[aot.TpuKernel], built: Built) -> dict[
     if match is None and re.fullmatch(built.others, _bare(kernel.name)):
       continue
     row = tpu_row(kernel)
-    cycles = (
-      bundles.cycles(kernel.schedule, match.trips, starts_inside=match.starts_inside)
-      if match
-      else None
-    )
+    cycles = bundles.cycles(kernel.schedule, match.trips) if match else None
     if cycles is None or match is None:
       row["seconds"], total = None, math.nan
     else:

@@ -149,10 +149,10 @@ def test_the_best_there_is_runs(chip):
 
 
 def test_a_map_runs_once_for_each_element(chip):
-  q, k, v, g, _ = tokens()
+  q, k, v, g = (x[:, :20] for x in tokens()[:4])  # too few for parts of time, which XLA adds up
   f = functools.partial(linear_attention, implementation=chip)
   many = jax.vmap(lambda q, g: f(q, k, v, log_decay=g))(jnp.stack([q, 2 * q]), jnp.stack([g, g]))
-  kit.assert_close("mapped", many[1], f(2 * q, k, v, log_decay=g))
+  kit.assert_same("mapped", many[1], f(2 * q, k, v, log_decay=g))
 
 
 def test_no_cpu_kernel():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import kit
 from pallas_kernels import aot, bundles
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -225,8 +226,7 @@ compiled = aot.compile_for(aot.CHIPS[chip], product, *(shape(n, jnp.bfloat16) fo
 
 def compile_in_a_child(name, code, dump):
   """Runs code that compiles for a chip, or skips, saying what is not installed."""
-  if why := aot.missing(aot.CHIPS[name]):
-    pytest.skip(f"nothing can be compiled for {name}: {why}")
+  kit.needs_compiler(name)
   imports = (
     "import sys, jax, jax.numpy as jnp\n"
     "from jax.experimental import pallas as pl\n"

@@ -217,7 +217,7 @@ STARTS = """
 def test_a_row_may_start_inside_of_what_every_step_runs():
   program, trips = schedule(STARTS), Trips(full=10, mixed=0, rows=2, steps=10)
   assert bundles.cycles(program, trips) == 1 + 10 * 6
-  assert bundles.cycles(program, trips, starts_inside=True) == 1 + 10 * 4 + 2 * 2
+  assert bundles.cycles(program, trips._replace(starts_inside=True)) == 1 + 10 * 4 + 2 * 2
 
 
 def test_delay_slots_belong_to_what_branches():

@@ -47,13 +47,7 @@ def test_results_and_gradients(name):
     linear_kit.check(linear_hopper, PROBLEMS[name], on_chip=False)
 
 
-@hypothesis.settings(
-  max_examples=3,
-  deadline=None,
-  derandomize=True,
-  database=None,
-  phases=[hypothesis.Phase.generate],
-)
+@linear_kit.FEW
 @hypothesis.given(linear_kit.problems(longest=80, dtype="bfloat16"))
 def test_any_call(problem):
   with _interpreter():
@@ -102,10 +96,10 @@ def test_refusals_name_the_values():
   assert "float32" in refuse(single, single, single)
 
 
-@pytest.mark.skipif(aot.missing(aot.CHIPS["h200"]) is not None, reason="needs the [aot] extra")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_lowers_for_the_chip(name):
   """What the interpreter forgives: layouts, lengths of copies, what a product may read."""
+  kit.needs_compiler("h200")
   problem = PROBLEMS[name]
   x, settings = problem.inputs(), problem.settings
   one = jax.ShapeDtypeStruct((problem.B, problem.N, problem.T), jnp.float32)

@@ -39,9 +39,9 @@ def test_a_step_is_one_token_of_the_recurrence(problem):
     kit.assert_close("state.z", new.z, state.z)
 
 
-@pytest.mark.skipif(aot.missing(aot.CHIPS["h200"]) is not None, reason="needs the [aot] extra")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.decay)
 def test_lowers_for_the_chip(problem):
+  kit.needs_compiler("h200")
   _, given = _one(problem)
   aot.lower_for(
     aot.CHIPS["h200"], lambda *given: linear_hopper.step(*given, problem.settings), *given

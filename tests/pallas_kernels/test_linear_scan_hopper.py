@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import kit
 import scan_kit
 from pallas_kernels import aot, linear_scan_hopper
 
@@ -22,9 +23,9 @@ def test_gradients_and_vmap():
     scan_kit.check_gradients("hopper")
 
 
-@pytest.mark.skipif(aot.missing(aot.CHIPS["h200"]) is not None, reason="needs the [aot] extra")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lowers_for_the_chip(reverse):
+  kit.needs_compiler("h200")
   x, state = jnp.ones((2, 300, 200)), jnp.ones((2, 200))
   run = functools.partial(linear_scan_hopper.scan, reverse=reverse)
   aot.lower_for(aot.CHIPS["h200"], jax.jit(run), x, x, state)

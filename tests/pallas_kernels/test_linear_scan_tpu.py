@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+import kit
 import scan_kit
 from pallas_kernels import aot, linear_scan_tpu
 
@@ -22,9 +23,9 @@ def test_gradients_and_vmap():
     scan_kit.check_gradients("tpu")
 
 
-@pytest.mark.skipif(aot.missing(aot.CHIPS["v5e"]) is not None, reason="needs the [aot] extra")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lowers_for_the_chip(reverse):
+  kit.needs_compiler("v5e")
   x, state = jnp.ones((2, 300, 200)), jnp.ones((2, 200))
   run = functools.partial(linear_scan_tpu.scan, reverse=reverse)
   aot.lower_for(aot.CHIPS["v5e"], jax.jit(run), x, x, state)

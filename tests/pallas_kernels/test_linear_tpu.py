@@ -53,13 +53,7 @@ def test_results_and_gradients(name):
     linear_kit.check(linear_tpu, PROBLEMS[name])
 
 
-@hypothesis.settings(
-  max_examples=3,
-  deadline=None,
-  derandomize=True,
-  database=None,
-  phases=[hypothesis.Phase.generate],
-)
+@linear_kit.FEW
 @hypothesis.given(linear_kit.problems(longest=160, dtype="float32"))
 def test_any_call(problem):
   with _interpreter():
@@ -93,10 +87,10 @@ def test_refusals_name_the_values():
   assert "float16" in refuse(half, half, half)
 
 
-@pytest.mark.skipif(aot.missing(aot.CHIPS["v5e"]) is not None, reason="needs the [aot] extra")
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_the_chip(name):
   """What the interpreter forgives."""
+  kit.needs_compiler("v5e")
   problem = LOWERED[name]
   shapes = jax.eval_shape(problem.inputs)
   one = jax.ShapeDtypeStruct((problem.B, problem.N, problem.T), jnp.float32)

@@ -175,7 +175,7 @@ def test_a_decay_of_minus_infinity_is_a_reset():
   assert np.isfinite(np.asarray(gradient)).all()
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 2, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
 def test_queries_keys_and_values_may_each_be_shared(heads):
   """Heads of q, k and v that divide N equal the heads repeated by hand, in every form."""
   T, widths = 21, (H, H, h)
