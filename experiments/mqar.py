@@ -157,15 +157,17 @@ def _config(options: Options, one: Mechanism, head_dim: int, window: int) -> Con
   return flags.replace(Config(), {**PRESETS["mqar"], **changes})
 
 
+def _task(config: Config, text: str = "") -> Task:
+  """The config's own, or that of `text`; refuses more pairs than the tokens hold."""
+  return make_task(text or config.task, seq_len=config.seq_len, seed=0, data=config.data)
+
+
 def load_data(config: Config) -> tuple[Records, Records, int]:
   """(training records, validation records, vocabulary), whole: they are small.
 
   A third each of the training records has all pairs, half of them and a quarter of them, and every
   record weighs the same.
   """
-
-  def make(task: str) -> Task:
-    return make_task(task, seq_len=config.seq_len, seed=0, data=config.data)
 
   def take(source: Any, count: int) -> list[Record]:
     records = [source[i] for i in range(count)]
@@ -174,11 +176,13 @@ def load_data(config: Config) -> tuple[Records, Records, int]:
   def stack(records: Sequence[Record]) -> Records:
     return {name: jnp.asarray(np.stack([r[name] for r in records])) for name in records[0]}
 
-  task = make(config.task)
+  task = _task(config)
   base, pairs, *rest = config.task.split(":")
   count = int(pairs.removeprefix("pairs="))
   fewer = [":".join((base, f"pairs={max(1, count // n)}", *rest)) for n in SHARES]
-  train = [record for name in fewer for record in take(make(name).train, TRAIN // len(SHARES))]
+  train = [
+    record for name in fewer for record in take(_task(config, name).train, TRAIN // len(SHARES))
+  ]
   return stack(train), stack(take(task.valid, VALID)), task.vocab_size
 
 
@@ -288,6 +292,7 @@ def main(argv: Sequence[str]) -> int:
   with flags.blame_user():
     flags.check_bounds(options)
     points = plan(options)
+    _task(points[0].config)
   jax.config.update("jax_platforms", "cpu")
   path = pathlib.Path(options.out or RESULTS / "mqar.json")
   rows = read(path)

@@ -36,6 +36,12 @@ def test_a_finished_point_is_not_run_again(tmp_path, monkeypatch, capsys):
   assert "window" in capsys.readouterr().out
 
 
+def test_more_pairs_than_fit_are_refused_before_anything_runs(tmp_path):
+  with pytest.raises(UserError, match="seq_len .* with 20 pairs must be at least 80, got 16"):
+    sweep(tmp_path / "mqar.json", "--pairs=20")
+  assert not list(tmp_path.iterdir())
+
+
 def test_sizes_are_those_of_decoding_states():
   """Of two layers in float32, worked out by hand."""
   sizes = {(p.mechanism, p.head_dim, p.window): p.state_bytes for p in mqar.plan(mqar.Options())}
