@@ -27,7 +27,7 @@ from attention.modules.hgrn import HGRN2
 from attention.modules.mixer import Attention
 from attention.modules.retention import LightningAttention, Retention, retention_decay
 from attention.modules.ssd import Mamba2
-from attention.ops import linear, linear_scan, softmax
+from attention.ops import hardmax, linear, linear_scan, softmax
 from attention.types import AttentionFn, Cost, State
 
 Option = bool | int | float | str | None
@@ -235,6 +235,18 @@ VARIANTS: Final[Mapping[str, Variant]] = {
     summary="Griffin's recurrent block: every channel is a gated average of its past.",
     complexity="O(T) time and memory, O(1) state, a number per channel",
     source="[De et al. 2024](https://arxiv.org/abs/2402.19427)",
+  ),
+  "hardmax": Variant(
+    attend=hardmax.attend,
+    reference=hardmax.reference,
+    init_state=hardmax.init_state,
+    prefill=hardmax.prefill,
+    step=hardmax.step,
+    cost=hardmax.cost,
+    options={"ties": "average", "top_k": None, "scale": None},
+    summary="Hard-max attention: the value of the best key; with `top_k`, a softmax over the best.",
+    complexity="O(T²) time, O(T) memory and state; O(T log² T) time where heads are of width 2",
+    source="[Merrill et al. 2022](https://arxiv.org/abs/2106.16213)",
   ),
 }
 """Name -> mechanism, in the order of every table."""

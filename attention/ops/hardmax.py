@@ -1,0 +1,465 @@
+"""Hard-max attention: every query reads the value of its best key, or the mean of its best keys.
+
+    score[t, s] = q[t] . k[s]         best[t] = {s: score[t, s] = max over s of score[t, s]}
+    out[t] = mean of v[s] over s in best[t]  (ties="average"),     v[max best[t]]  (ties="latest")
+
+The limit of softmax attention as its scale grows; "average-hard" attention in Merrill et al. 2022,
+section 4, https://arxiv.org/abs/2106.16213, and with heads of width 2 the memory of a machine in
+Percepta 2026, https://www.percepta.ai/blog/can-llms-be-computers. Scores are added coordinate by
+coordinate, every product rounded, so that ties mean the same everywhere (`attention.plane`). In
+float32 they are exact where every product and sum is an integer up to 2^24: addresses on a
+parabola, q = (a, 1), k = (2 i, -i^2), to 4096, or 8192 of them counted from their middle. Beyond
+lie float64 (`jax.enable_x64`), or an address split into two heads. A query that may attend to
+nothing gives 0.
+
+The gradient is that of a function that is constant between jumps: none for q and k, and each value
+receives what its readers do, ties sharing. `straight_through` lends q and k the gradient of the
+softmax over a few best keys; `top_k_attention` is that softmax, with its true gradient.
+
+O(T S (H + h)) time, O(T + S) memory for `tiled`; O(T log^2 T) time, O(T) memory for `bulk`, whose
+heads are of width 2. Decoding keeps the keys and values.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attention import hardmax_bulk, hardmax_tiled, masks, plane, retrieved
+from attention.dispatch import Implementation, choose, suggest
+from attention.kv_cache import Cache as State
+from attention.kv_cache import append, make_cache
+from attention.masks import Mask
+from attention.types import Cost, Key, MaskArray, Output, Query, Value
+
+TIES = ("average", "latest")
+
+CROSSOVER = 2**12
+"""From this length on `bulk` runs, in less than half of the time of `tiled` on two CPU cores
+(BUILD_NOTES.md). Below it compiles for longer than it saves.
+"""
+
+
+class Winners(NamedTuple):
+  """Which keys a query reads, `B T N`."""
+
+  score: Float[Array, "*B T N"]
+  """The greatest score, float32; -inf where there is no key."""
+  count: Int[Array, "*B T N"]
+  """How many keys have it."""
+  last: Int[Array, "*B T N"]
+  """The last of them; -1 where there is none."""
+
+
+class Call(NamedTuple):
+  """A checked call, batched: what an implementation runs, and what it may object to."""
+
+  query: Float[Array, "B T N H"]
+  key: Float[Array, "B S K H"]
+  value: Float[Array, "B S K h"]
+  mask: Mask
+  ties: str
+
+
+@overload
+def hardmax_attention(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  ties: str = "average",
+  is_causal: bool = False,
+  straight_through: float | None = None,
+  candidates: int = 8,
+  implementation: str | None = None,
+  return_residual: Literal[False] = False,
+) -> Output: ...
+
+
+@overload
+def hardmax_attention(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  ties: str = "average",
+  is_causal: bool = False,
+  straight_through: float | None = None,
+  candidates: int = 8,
+  implementation: str | None = None,
+  return_residual: Literal[True],
+) -> tuple[Output, Winners]: ...
+
+
+def hardmax_attention(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  ties: str = "average",
+  is_causal: bool = False,
+  straight_through: float | None = None,
+  candidates: int = 8,
+  implementation: str | None = None,
+  return_residual: bool = False,
+) -> Output | tuple[Output, Winners]:
+  """Attention that looks at one place: the best key's value, or the mean of those that tie.
+
+  Args:
+    query: `B T N H`, or `T N H` without a batch; then so are key and value.
+    key: `B S K H`; K divides N, and each key head serves N / K query heads in a row.
+    value: `B S K h`.
+    mask: who may attend to whom, a bool array broadcastable to `B N T S` (True: may) or a `Mask`.
+    ties: of several best keys "average" reads the mean of the values, "latest" the last one's.
+    is_causal: only keys `s <= t`.
+    straight_through: a temperature. The output stays hard, and queries and keys get the gradient of
+      softmax(score / temperature) over the `candidates` best keys; values get the hard one.
+      None: queries and keys get none.
+    candidates: how many keys compete in `straight_through`. Costs O(T S) time in any form.
+    implementation: "bulk" (width 2, causal or unmasked), "tiled" or "reference". None: the fastest
+      that runs this call (see `attention.explain`).
+    return_residual: also return the `Winners`; they have no gradient.
+
+  Returns:
+    `B T N h` in the dtype of value, or (that, the winners).
+
+  Raises:
+    ValueError: shapes that do not fit each other, or unknown ties, with both in the message.
+    NotImplementedError: the named implementation cannot run this call, with the reason.
+  """
+  call = describe(query, key, value, mask, ties=ties, is_causal=is_causal)
+  out, winners = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  # Winners whose scores are 0 and -0 tie: whose score it is must not show.
+  winners = winners._replace(score=jnp.where(winners.score == 0, 0.0, winners.score))
+  if straight_through is not None:
+    _positive("straight_through", straight_through)
+    soft, _ = retrieved.attend(
+      call.query, call.key, jax.lax.stop_gradient(call.value), call.mask,
+      top_k=candidates, scale=1 / straight_through,
+    )  # fmt: skip
+    out = out + (soft - jax.lax.stop_gradient(soft)).astype(out.dtype)
+  out = out.astype(value.dtype)
+  if query.ndim == 3:
+    out, winners = jax.tree.map(lambda x: x[0], (out, winners))
+  return (out, winners) if return_residual else out
+
+
+def top_k_attention(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  top_k: int,
+  scale: float | None = None,
+  is_causal: bool = False,
+) -> tuple[Output, Float[Array, "*B T N"]]:
+  """Softmax attention to the `top_k` best keys, and the part of the whole softmax that they hold.
+
+  With its true gradient: that of a softmax over keys that stay the same ones. Faithful to softmax
+  attention only where scores are sharp, which is what the second result says. O(T S) time,
+  O((T + S) top_k) memory.
+
+  Args:
+    query: `B T N H`, or `T N H` without a batch; then so are key and value.
+    key: `B S K H`.
+    value: `B S K h`.
+    mask: as in `hardmax_attention`.
+    top_k: how many keys; fewer where there are no more. Of equal ones the first.
+    scale: of the dot products; None: H^-0.5.
+    is_causal: only keys `s <= t`.
+
+  Returns:
+    `B T N h` in the dtype of value, and `B T N`, float32, from 0 (no key) to 1; no gradient.
+  """
+  call = describe(query, key, value, mask, ties="latest", is_causal=is_causal)
+  if top_k < 1:
+    raise ValueError(f"top_k must be at least 1, not {top_k}")
+  scale = call.query.shape[3] ** -0.5 if scale is None else scale
+  out, mass = retrieved.attend(*call[:4], top_k=top_k, scale=scale)
+  out = out.astype(value.dtype)
+  return (out[0], mass[0]) if query.ndim == 3 else (out, mass)
+
+
+def nearest_key_attention(
+  query: Query, key: Key, value: Value, mask: MaskArray | Mask | None = None, **options: Any
+) -> Any:
+  """Attention to the nearest key: hard-max attention of lifted vectors, exactly.
+
+      argmin_s |q - k_s|^2 = argmax_s (q, 1) . (2 k_s, -|k_s|^2)
+
+  Keys on a line become points of a parabola, of width 2, which `bulk` runs in O(T log^2 T). Takes
+  the options of `hardmax_attention`.
+  """
+  q, k = lift(query, key)
+  return hardmax_attention(q, k, value, mask, **options)
+
+
+def lift(
+  query: Float[Array, "*T H"], key: Float[Array, "*S H"]
+) -> tuple[Float[Array, "*T H+1"], Float[Array, "*S H+1"]]:
+  """(q, 1) and (2 k, -|k|^2), whose product is |q|^2 - |q - k|^2."""
+  square = -(key * key).sum(-1, keepdims=True)
+  one = jnp.ones((*query.shape[:-1], 1), query.dtype)
+  return jnp.concatenate([query, one], -1), jnp.concatenate([2 * key, square], -1)
+
+
+def harden(step: int | Array, steps: int, *, start: float = 1.0, end: float) -> Array:
+  """The inverse temperature at a step of annealed training: geometric from `start` to `end`.
+
+  Scores times this, through a softmax, are hard-max attention at the end if `end` is at least
+  `sharpness(S, margin, error)`.
+  """
+  done = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
+  return start * (end / start) ** done
+
+
+def sharpness(num_keys: int, margin: float, error: float) -> float:
+  """The inverse temperature at which softmax gives all but `error` to the best key.
+
+      1 - p_best <= (S - 1) e^(-beta margin) <= error    for    beta = ln((S - 1) / error) / margin
+
+  where every other score is at least `margin` below the best.
+  """
+  for name, value in (("num_keys", num_keys), ("margin", margin), ("error", error)):
+    _positive(name, value)
+  return math.log(max(num_keys - 1, 1) / error) / margin
+
+
+def _positive(name: str, value: float) -> None:
+  if not value > 0:
+    raise ValueError(f"{name} must be greater than 0, not {value}")
+
+
+def _widened(call: Call) -> tuple[Array, Array, Array]:
+  """In float32, or float64 if they are that."""
+  dtype = jnp.float64 if call.query.dtype == jnp.float64 else jnp.float32
+  return call.query.astype(dtype), call.key.astype(dtype), call.value.astype(dtype)
+
+
+def _reference(call: Call) -> tuple[Array, Winners]:
+  """The equation as it stands, every array T x S."""
+  q, k, v = _widened(call)
+  (T, N), (S, K) = q.shape[1:3], k.shape[1:3]
+  k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+  q, k = (jax.lax.stop_gradient(x).swapaxes(1, 2) for x in (q, k))
+  score = jnp.where(call.mask.as_array(T, S), plane.scores(q, k), -jnp.inf)
+  most = score.max(-1, keepdims=True, initial=-jnp.inf)
+  best = (score == most) & (score > -jnp.inf)
+  count = best.sum(-1, dtype=jnp.int32)
+  last = jnp.where(best, jnp.arange(S, dtype=jnp.int32), -1).max(-1, initial=-1)
+  if call.ties == "latest":
+    best = jnp.arange(S, dtype=jnp.int32)[None, None, None] == last[..., None]
+  weight = best.astype(v.dtype) / jnp.maximum(best.sum(-1, keepdims=True), 1).astype(v.dtype)
+  out = jnp.einsum("bnts,bsnh->btnh", weight, v, precision="highest")
+  winners = Winners(most[..., 0].astype(jnp.float32), count, last)
+  return out, jax.tree.map(lambda x: x.swapaxes(1, 2), winners)
+
+
+def _tiled(call: Call) -> tuple[Array, Winners]:
+  out, winners = hardmax_tiled.attend(*_widened(call), call.mask, ties=call.ties)
+  return out, Winners(winners.score.astype(jnp.float32), winners.count, winners.last)
+
+
+def _bulk(call: Call) -> tuple[Array, Winners]:
+  q, k, v = _widened(call)
+  causal = call.mask == masks.causal()
+  out, winners = hardmax_bulk.attend(q, k, v, ties=call.ties, causal=causal)
+  N, K = q.shape[2], k.shape[2]
+  heads = jnp.arange(N) // (N // K)
+  rows = jnp.arange(q.shape[0])[:, None, None]
+  best = jax.lax.stop_gradient(k)[rows, winners.last, heads]
+  score = plane.score(*((x[..., 0], x[..., 1]) for x in (jax.lax.stop_gradient(q), best)))
+  return out, Winners(score.astype(jnp.float32), winners.count, winners.last)
+
+
+def _planar(call: Call) -> str | None:
+  (T, H), S = (call.query.shape[i] for i in (1, 3)), call.key.shape[1]
+  if H != 2:
+    return f"its keys lie in a plane, and the head width is {H}, not 2"
+  if min(T, S) == 0:
+    return f"there is nothing to sort: T={T}, S={S}"
+  if call.mask == masks.everything() or (call.mask == masks.causal() and T == S):
+    return None
+  return f"it runs causal() with T = S, or no mask, not {type(call.mask).__name__}, T={T}, S={S}"
+
+
+def _short(call: Call) -> str | None:
+  longest = max(call.query.shape[1], call.key.shape[1])
+  return f"up to {CROSSOVER} tokens tiles are faster: {longest}" if longest < CROSSOVER else None
+
+
+def _empty(call: Call) -> str | None:
+  T, S = call.query.shape[1], call.key.shape[1]
+  return f"there is no tile: T={T}, S={S}" if min(T, S) == 0 else None
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+  "bulk": Implementation(_bulk, _planar, automatic=_short),
+  "tiled": Implementation(_tiled, _empty),
+  "reference": Implementation(_reference, lambda call: None),
+}
+
+
+def describe(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  ties: str = "average",
+  is_causal: bool = False,
+  **options: Any,
+) -> Call:
+  """Checks the arguments of `hardmax_attention` and puts them into the one form that
+  implementations read.
+  """
+  del options
+  query, key, value = _batched(query, key, value)
+  if ties not in TIES:
+    raise ValueError(f"ties={ties!r} is unknown; {suggest(ties, TIES)}")
+  if mask is None:
+    return Call(query, key, value, masks.causal() if is_causal else masks.everything(), ties)
+  if not isinstance(mask, Mask):
+    (B, T, N, _), S = query.shape, key.shape[1]
+    axes = (1,) * (4 - mask.ndim) + mask.shape
+    if len(axes) != 4 or any(a not in (1, b) for a, b in zip(axes, (B, N, T, S), strict=True)):
+      raise ValueError(
+        f"mask must broadcast to [B, N, T, S] = {[B, N, T, S]}, not {list(mask.shape)}"
+      )
+    mask = masks.from_array(jnp.broadcast_to(mask, (*axes[:2], T, S)))
+  return Call(query, key, value, mask & masks.causal() if is_causal else mask, ties)
+
+
+def _batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+  """The three with a batch axis, checked against each other."""
+  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+  if not query.ndim == key.ndim == value.ndim or query.ndim not in (3, 4):
+    raise ValueError(
+      f"query, key and value must all be [B, T, N, H] or all [T, N, H], not {shapes}"
+    )
+  if query.dtype != key.dtype or key.dtype != value.dtype:
+    dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
+    raise ValueError(f"query, key and value must have one dtype, not {dtypes}")
+  if not jnp.issubdtype(query.dtype, jnp.floating):
+    raise ValueError(f"query, key and value must be floating, not {query.dtype}")
+  if query.ndim == 3:
+    query, key, value = query[None], key[None], value[None]
+  if key.shape[:3] != value.shape[:3]:
+    raise ValueError(f"key and value must agree in batch, length and heads: {shapes}")
+  if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    raise ValueError(f"query and key must agree in batch and head width: {shapes}")
+  if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+    raise ValueError(f"key heads must divide query heads: N={query.shape[2]}, K={key.shape[2]}")
+  return query, key, value
+
+
+# As a Variant: hard, or with `top_k` the softmax that trains; and one token after another.
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K h"],
+  *,
+  is_causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+  ties: str = "average",
+  top_k: int | None = None,
+  scale: float | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "B T N h"]:
+  """Hard-max attention of a sequence to itself; with `top_k`, softmax over that many best keys."""
+  mask = masks.causal() if is_causal else masks.everything()
+  if segment_ids is not None:
+    mask = mask & masks.segments(segment_ids)
+  if top_k is not None:
+    return top_k_attention(q, k, v, mask, top_k=top_k, scale=scale)[0]
+  return hardmax_attention(q, k, v, mask, ties=ties, implementation=implementation)
+
+
+def reference(q: Array, k: Array, v: Array, **options: Any) -> Float[Array, "B T N h"]:
+  """`attend` by the equation: float32, O(T S) memory, the oracle."""
+  return attend(q, k, v, implementation="reference", **options)
+
+
+def init_state(
+  batch: int,
+  *,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int,
+  value_dim: int,
+  max_length: int,
+  dtype: Any = jnp.float32,
+  ties: str = "average",
+  top_k: int | None = None,
+  scale: float | None = None,
+) -> State:
+  """The state of no token, for up to `max_length` of them."""
+  del num_heads, ties, top_k, scale
+  return make_cache(
+    batch, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim,
+    max_length=max_length, dtype=dtype,
+  )  # fmt: skip
+
+
+def prefill(
+  state: State,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K h"],
+  *,
+  lengths: Int[Array, " B"] | None = None,
+  ties: str = "average",
+  top_k: int | None = None,
+  scale: float | None = None,
+) -> tuple[State, Float[Array, "B T N h"]]:
+  """Reads T tokens after those that the state holds. Row b has `lengths[b]` of them, the rest is
+  padding. O(T max_length) time.
+  """
+  state, _, mask = append(state, k, v, lengths)
+  key, value = state.key.astype(k.dtype), state.value.astype(v.dtype)
+  if top_k is not None:
+    return state, top_k_attention(q, key, value, mask, top_k=top_k, scale=scale)[0]
+  return state, hardmax_attention(q, key, value, mask, ties=ties)
+
+
+def step(
+  state: State,
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B K H"],
+  v: Float[Array, "B K h"],
+  **options: Any,
+) -> tuple[State, Float[Array, "B N h"]]:
+  """Reads one token: O(max_length) time."""
+  state, out = prefill(state, *(x[:, None] for x in (q, k, v)), **options)
+  return state, out[:, 0]
+
+
+def cost(
+  B: int,
+  T: int,
+  S: int,
+  N: int,
+  K: int,
+  H: int,
+  h: int,
+  *,
+  itemsize: int = 4,
+  ties: str = "average",
+  top_k: int | None = None,
+  scale: float | None = None,
+) -> Cost:
+  """Causal attention of T queries to S keys that end together, by a scan of all keys."""
+  del ties, scale
+  pairs = T * (S - (T - 1) / 2)
+  moved = B * (T * N * (H + h) + S * K * (H + h))
+  flops = 2.0 * B * N * (pairs * H + T * (top_k or 1) * h)
+  return Cost(flops, float(moved * itemsize), float(B * S * K * (H + h) * itemsize))

@@ -1,0 +1,103 @@
+"""The divide and conquer against a scan of all keys."""
+
+import functools
+
+import hardmax_kit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kit
+from attention import hardmax_bulk
+
+T = 200
+EXACT = ("parabola", "grid", "collinear")
+
+
+@functools.cache
+def program(ties, causal):
+  """Output, winners and the gradient of the values, of one head, blocks of 32 on the diagonal."""
+
+  def run(q, k, v, g):
+    def loss(v):
+      out, winners = hardmax_bulk.attend(
+        *(x[None, :, None] for x in (q, k, v)), ties=ties, causal=causal, diagonal=32
+      )
+      return (out[0, :, 0] * g).sum(), (out[0, :, 0], jax.tree.map(lambda x: x[0, :, 0], winners))
+
+    (_, aux), dv = jax.value_and_grad(loss, has_aux=True)(v)
+    return *aux, dv
+
+  return jax.jit(run)
+
+
+def answer(family, ties, causal, seed):
+  q, k = hardmax_kit.planar(family, T, seed)
+  rng = np.random.default_rng(seed)
+  v, g = rng.normal(size=(2, T, 3)).astype(np.float32)
+  out, winners, dv = program(ties, causal)(*(jnp.asarray(x) for x in (q, k, v, g)))
+  return q, k, v, g, out, jax.tree.map(np.asarray, winners), dv
+
+
+@pytest.mark.parametrize("family", hardmax_kit.FAMILIES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_mean_of_all_ties(family, causal):
+  """Of five kinds of keys, three times: the winners, their number, their mean and its gradient."""
+  for seed in range(3):
+    q, k, v, g, out, winners, dv = answer(family, "average", causal, seed)
+    expected = hardmax_kit.scan(q, k, causal)
+    assert hardmax_kit.relative_regret(q, k, winners.best, causal) <= 2e-7
+    if family in EXACT:
+      assert hardmax_kit.relative_regret(q, k, winners.best, causal) == 0
+    np.testing.assert_array_equal(winners.count, expected.count)
+    np.testing.assert_array_equal(winners.last, expected.last)
+    kit.assert_close("out", out, expected.average(v))
+    kit.assert_close("dv", dv, expected.average_gradient(g))
+
+
+@pytest.mark.parametrize("family", ["gaussian", "grid", "collinear"])
+def test_the_latest_of_all_ties(family):
+  for seed in range(3):
+    q, k, v, g, out, winners, dv = answer(family, "latest", True, seed)
+    last = hardmax_kit.scan(q, k).last
+    np.testing.assert_array_equal(winners.last, last)
+    np.testing.assert_array_equal(out, v[last])
+    kit.assert_close("dv", dv, np.eye(T)[last].T @ g)
+
+
+def test_duplicates_of_any_floats_tie():
+  """Few different keys, no integers: equal keys have equal scores wherever they are met."""
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(2, T, 2)).astype(np.float32)
+  k = k[rng.integers(0, 9, T)]
+  v, g = rng.normal(size=(2, T, 3)).astype(np.float32)
+  _, winners, _ = program("average", True)(*(jnp.asarray(x) for x in (q, k, v, g)))
+  expected = hardmax_kit.scan(q, k)
+  assert expected.count.max() > 10
+  np.testing.assert_array_equal(winners.count, expected.count)
+  np.testing.assert_array_equal(winners.last, expected.last)
+
+
+def test_sums_of_ties_are_not_differences_of_great_ones():
+  """One value of 1e8 beside others of about 1: means without it keep their digits."""
+  q, k = hardmax_kit.planar("grid", T)
+  v = np.random.default_rng(0).normal(size=(T, 3)).astype(np.float32)
+  v[3] = 1e8
+  out, _, _ = program("average", True)(*(jnp.asarray(x) for x in (q, k, v, v)))
+  expected = hardmax_kit.scan(q, k)
+  without = ~expected.tied[:, 3]
+  kit.assert_close("out", np.asarray(out)[without], expected.average(v)[without])
+
+
+def test_heads_share_keys():
+  """Two query heads of one key head, and rows of a batch: each equal to itself alone."""
+  rows = [hardmax_kit.planar("grid", T, seed) for seed in range(4)]
+  q = np.stack([q for q, _ in rows]).reshape(2, 2, T, 2).swapaxes(1, 2)
+  k = np.stack([rows[0][1], rows[2][1]])[:, :, None]
+  v = np.random.default_rng(0).normal(size=(2, T, 1, 3)).astype(np.float32)
+  attend = jax.jit(functools.partial(hardmax_bulk.attend, ties="latest", causal=True, diagonal=32))
+  out, _ = attend(*(jnp.asarray(x) for x in (q, k, v)))
+  for b, n in np.ndindex(2, 2):
+    last = hardmax_kit.scan(q[b, :, n], k[b, :, 0]).last
+    np.testing.assert_array_equal(out[b, :, n], v[b, last, 0])
