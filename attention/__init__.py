@@ -32,6 +32,7 @@ from attention.ops.hardmax import top_k_attention as top_k_attention
 from attention.ops.linear import linear_attention as linear_attention
 from attention.ops.linear_scan import linear_scan as linear_scan
 from attention.ops.softmax import dot_product_attention as dot_product_attention
+from attention.ops.stochastic import stochastic_attention as stochastic_attention
 from attention.positions import rotary as rotary
 from attention.scores import alibi_slopes as alibi_slopes
 

@@ -27,7 +27,7 @@ from attention.modules.hgrn import HGRN2
 from attention.modules.mixer import Attention
 from attention.modules.retention import LightningAttention, Retention, retention_decay
 from attention.modules.ssd import Mamba2
-from attention.ops import hardmax, linear, linear_scan, softmax
+from attention.ops import hardmax, linear, linear_scan, softmax, stochastic
 from attention.types import AttentionFn, Cost, State
 
 Option = bool | int | float | str | None
@@ -52,6 +52,12 @@ def head_decay_inputs(
   del K, H, h
   faster = jax.random.uniform(key, (B, T, N), jnp.float32, 1.0, 10.0)
   return {"log_decay": retention_decay(N)[None, None] * faster}
+
+
+def noise_inputs(key: jax.Array, B: int, T: int, N: int, K: int, H: int, h: int) -> dict[str, Any]:
+  """A uniform number per token and head, by which it draws."""
+  del K, H, h
+  return {"noise": jax.random.uniform(key, (B, T, N), jnp.float32)}
 
 
 def _featured(make: Callable[..., FeatureMap], *names: str) -> dict[str, Any]:
@@ -247,6 +253,19 @@ VARIANTS: Final[Mapping[str, Variant]] = {
     summary="Hard-max attention: the value of the best key; with `top_k`, a softmax over the best.",
     complexity="O(T²) time, O(T) memory and state; O(T log² T) time where heads are of width 2",
     source="[Merrill et al. 2022](https://arxiv.org/abs/2106.16213)",
+  ),
+  "stochastic": Variant(
+    attend=stochastic.attend,
+    reference=stochastic.reference,
+    init_state=stochastic.init_state,
+    prefill=stochastic.prefill,
+    step=stochastic.step,
+    cost=stochastic.cost,
+    options={"temperature": 1.0, "scale": None},
+    example_inputs=noise_inputs,
+    summary="Hard attention to a key drawn from the softmax; without noise its mean, softmax's.",
+    complexity="O(T²) time, O(T) memory and state; one value read for each query",
+    source="[Xu et al. 2015](https://arxiv.org/abs/1502.03044)",
   ),
 }
 """Name -> mechanism, in the order of every table."""

@@ -68,15 +68,22 @@ def d_product(ds: Array, tanh: Array | None, *, scale: float) -> Array:
 
 def keep(seed: Array, q_idx: Array, k_idx: Array, *, rate: float) -> Array:
   """Which probabilities dropout keeps: a function of (seed, query, key) and of nothing else, so the
-  bits are the same in every implementation, tiling, sharding and pass.
+  bits are the same in every implementation, tiling, sharding and pass. `seed` is that of a batch
+  row and head.
+  """
+  bits = random_bits(seed, q_idx, k_idx)
+  return lax.shift_right_logical(bits, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
+
+
+def random_bits(seed: Array, q_idx: Array, k_idx: Array) -> Array:
+  """32 of them for every query and key, int32.
 
   Two rounds of a 32-bit mixer (Wellons 2018, `lowbias32`,
   https://nullprogram.com/blog/2018/07/31/), the query in the first and the key in the second, int32
-  that wraps. `seed` is that of a batch row and head.
+  that wraps.
   """
   rows = _mixed(seed + q_idx * jnp.int32(_signed(0x9E3779B9)))
-  bits = _mixed(rows ^ (k_idx * jnp.int32(_signed(0x85EBCA6B))))
-  return lax.shift_right_logical(bits, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
+  return _mixed(rows ^ (k_idx * jnp.int32(_signed(0x85EBCA6B))))
 
 
 def _mixed(x: Array) -> Array:

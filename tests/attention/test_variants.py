@@ -183,10 +183,10 @@ def test_repeated_and_zero_keys_and_large_values(spec):
 
 @each
 def test_not_causal_sees_all(spec):
-  q, k, v, extra = _inputs(spec, kit.Case(T=21, S=21))
+  q, k, v, extra = _inputs(spec, _case(spec, T=21, S=21, N=16))
   attend = _attend(spec)
-  alike = jnp.broadcast_to(k[:, :1], k.shape)  # no key is better, so that all are read
-  changed = attend(q, alike, v.at[:, 20].add(5.0), is_causal=False, **extra)
+  alike = jnp.broadcast_to(k[:, :1], k.shape)  # no key is better: all are read, or some drawn
+  changed = attend(q, alike, v.at[:, 16:].add(5.0), is_causal=False, **extra)
   out = attend(q, alike, v, is_causal=False, **extra)
   assert (np.abs(np.asarray(changed - out)).max((0, 2, 3))[12:] > 0).all()
   with kit.double():
@@ -263,7 +263,15 @@ def test_one_entry_answers_for_those_of_the_same_code():
   assert left_out == {"lightning", "mamba2", "hgrn2"}
   assert {_code(spec) for spec in left_out} == {_code("retnet"), _code("gated_linear")}
   windowed = "softmax:window=9:logit_cap=2.0"
-  assert set(PATHS) == {"softmax", windowed, "linear", "retnet", "gated_linear", "rglru", "hardmax"}
+  assert set(PATHS) == {
+    "softmax",
+    windowed,
+    "linear",
+    "retnet",
+    "gated_linear",
+    "rglru",
+    "hardmax",
+  } | {"stochastic"}
 
 
 def test_table_has_a_row_for_each():
