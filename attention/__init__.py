@@ -26,8 +26,11 @@ from attention.masks import segments as segments
 from attention.masks import sliding_window as sliding_window
 from attention.masks import strided as strided
 from attention.online_softmax import merge as merge
+from attention.ops.hardmax import direction_grid_attention as direction_grid_attention
+from attention.ops.hardmax import fenwick_attention as fenwick_attention
 from attention.ops.hardmax import hardmax_attention as hardmax_attention
 from attention.ops.hardmax import nearest_key_attention as nearest_key_attention
+from attention.ops.hardmax import softmax_mass as softmax_mass
 from attention.ops.hardmax import top_k_attention as top_k_attention
 from attention.ops.linear import linear_attention as linear_attention
 from attention.ops.linear_scan import linear_scan as linear_scan

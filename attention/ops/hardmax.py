@@ -28,7 +28,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention import hardmax_bulk, hardmax_tiled, masks, plane, retrieved
+from attention import (
+  direction_grid,
+  fenwick,
+  hardmax_bulk,
+  hardmax_levels,
+  hardmax_tiled,
+  masks,
+  plane,
+  retrieved,
+)
 from attention.dispatch import Implementation, choose, suggest
 from attention.kv_cache import Cache as State
 from attention.kv_cache import append, make_cache
@@ -185,6 +194,87 @@ def top_k_attention(
   out, mass = retrieved.attend(*call[:4], top_k=top_k, scale=scale)
   out = out.astype(value.dtype)
   return (out[0], mass[0]) if query.ndim == 3 else (out, mass)
+
+
+def fenwick_attention(
+  query: Query, key: Key, value: Value, *, recent: int = 32, scale: float | None = None
+) -> tuple[Output, Int[Array, "*B T N C"]]:
+  """Causal softmax attention of planar heads to the keys of a query's own block and the best one of
+  each block of a power of two before it: `attention.fenwick`. O(T (log^2 T + recent)) time.
+
+  With its true gradient, that of a softmax over these keys.
+
+  Args:
+    query: `B T N 2`, or `T N 2` without a batch; then so are key and value.
+    key: `B T K 2`.
+    value: `B T K h`.
+    recent: keys in a block of the smallest size, a power of two from 16 on.
+    scale: of the dot products; None: 2^-0.5.
+
+  Returns:
+    `B T N h` in the dtype of value, and which keys were looked at, int32 `B T N C`, -1 for none:
+    with `softmax_mass`, what part of the whole softmax they hold.
+
+  Raises:
+    ValueError: shapes that do not fit each other, or `recent` is not such a number.
+    NotImplementedError: heads of another width, or T is not S.
+  """
+  call = describe(query, key, value, is_causal=True)
+  if reason := _planar(call):
+    raise NotImplementedError(f"fenwick_attention cannot run this call: {reason}")
+  if recent < hardmax_levels.WIDTH or recent & (recent - 1):
+    raise ValueError(f"recent must be a power of two, at least 16, not {recent}")
+  q, k, v = _widened(call)
+  index = fenwick.candidates(q, k, recent=recent)
+  out, _ = retrieved.softmax_over(q, k, v, index, scale=2**-0.5 if scale is None else scale)
+  out = out.astype(value.dtype)
+  return (out[0], index[0]) if query.ndim == 3 else (out, index)
+
+
+def softmax_mass(
+  query: Query, key: Key, index: Int[Array, "*B T N C"], *, scale: float | None = None
+) -> Float[Array, "*B T N"]:
+  """What part of the causal softmax over all keys the keys at `index` hold: O(T S) time."""
+  call = describe(query, key, key, is_causal=True)
+  q, k, v = _widened(call)
+  scale = q.shape[3] ** -0.5 if scale is None else scale
+  index = index if index.ndim == 4 else index[None]
+  _, lse = retrieved.retrieve(q, k, call.mask, top_k=1, scale=scale)
+  mass = retrieved.softmax_over(q, k, v, index, lse, scale=scale)[1]
+  return mass[0] if query.ndim == 3 else mass
+
+
+def direction_grid_attention(
+  query: Query, key: Key, value: Value, *, cells: int = 16
+) -> tuple[Output, Int[Array, "*B T N"]]:
+  """Causal hard-max attention of heads of width 3 by the winners of a fixed grid of directions.
+
+  Of the best score at most `direction_grid.error(cells)` times |q| times the distance of two keys
+  is lost. O(T cells^2) time and a state of 6 cells^2 keys. See `attention.direction_grid`.
+
+  Args:
+    query: `B T N 3`, or `T N 3` without a batch; then so are key and value.
+    key: `B T K 3`.
+    value: `B T K h`.
+    cells: n, of the grid on each face of the cube.
+
+  Returns:
+    `B T N h` in the dtype of value, and which key was read, int32 `B T N`.
+
+  Raises:
+    ValueError: shapes that do not fit each other.
+    NotImplementedError: heads of another width, or T is not S.
+  """
+  call = describe(query, key, value, is_causal=True)
+  (T, H), S = (call.query.shape[i] for i in (1, 3)), call.key.shape[1]
+  if H != 3 or T != S:
+    raise NotImplementedError(f"a grid of directions needs H = 3 and T = S, not {H}, {T} and {S}")
+  q, k, _ = _widened(call)
+  index = direction_grid.winners(q, k, cells=cells)
+  N, K = q.shape[2], k.shape[2]
+  rows, heads = jnp.arange(q.shape[0])[:, None, None], (jnp.arange(N) // (N // K))[None, None]
+  out = call.value[rows, index, heads]
+  return (out[0], index[0]) if query.ndim == 3 else (out, index)
 
 
 def nearest_key_attention(
