@@ -66,11 +66,9 @@ def test_a_direction_is_near_every_query():
 def test_grouped_heads_and_other_widths():
   make = kit.keys()
   q, k = kit.normal(next(make), 2, 30, 4, 3), kit.normal(next(make), 2, 30, 2, 3)
-  out, _ = hardmax.direction_grid_attention(q, k, k, cells=4)
+  out, _ = program(4)(q, k, k)
   for n in range(4):
-    alone, _ = hardmax.direction_grid_attention(
-      q[:, :, n : n + 1], *(k[:, :, n // 2 : n // 2 + 1],) * 2, cells=4
-    )
+    alone, _ = program(4)(q[:, :, n : n + 1], *(k[:, :, n // 2 : n // 2 + 1],) * 2)
     kit.assert_same(f"head {n}", out[:, :, n], alone[:, :, 0])
   with pytest.raises(NotImplementedError, match="needs H = 3 and T = S, not 2, 30 and 30"):
     hardmax.direction_grid_attention(q[..., :2], k[..., :2], k)

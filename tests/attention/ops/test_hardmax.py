@@ -95,12 +95,13 @@ def test_nearest_keys_in_a_space():
 
 def test_the_predecessor_in_a_list_of_numbers():
   """Keys on a line become planar, and `bulk` runs them."""
-  rng = np.random.default_rng(0)
-  q, k = (jnp.asarray(rng.integers(0, 500, (60, 1, 1)), jnp.float32) for _ in range(2))
-  nearest = hardmax.nearest_key_attention(q, k, k, ties="latest", implementation="bulk")
-  out = nearest[:, 0, 0]  # of two neighbors as far, "average" would read the middle
-  q, k = np.asarray(q)[:, 0, 0], np.asarray(k)[:, 0, 0]
-  np.testing.assert_array_equal(np.abs(out - q), np.abs(q[:, None] - k).min(1))
+  q, k = np.random.default_rng(0).integers(0, 500, (2, 60)).astype(np.float32)
+  lifted = hardmax.lift(*(jnp.asarray(x)[None, :, None, None] for x in (q, k)))
+  v = jnp.asarray(np.repeat(k, 3).reshape(1, 60, 1, 3))
+  # Of two neighbors as far, "average" would read the middle.
+  out, _ = compiled("bulk", ties="latest", is_causal=True)(*lifted, v)
+  far = np.where(np.tri(60, dtype=bool), np.abs(q[:, None] - k), np.inf)
+  np.testing.assert_array_equal(np.abs(np.asarray(out)[0, :, 0, 0] - q), far.min(1))
 
 
 def test_straight_through_is_hard_forward_and_soft_backward():

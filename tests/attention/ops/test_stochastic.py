@@ -124,13 +124,19 @@ def test_straight_through_reads_one_value_and_learns_as_a_softmax():
   q, k, v = inputs()
   noise = jnp.asarray([0.1, 0.7])
   run = lambda x, temperature: call(*x, noise, temperature=temperature)[0]
-  hard = run((q, k, v), None)
+  hard = jax.jit(lambda *x: run(x, None))(q, k, v)
   assert all((np.asarray(v) == row).all(1).any() for row in np.asarray(hard))
-  out, back = jax.vjp(lambda *x: run(x, 0.5), q, k, v)
+
+  @jax.jit
+  def straight(*x):
+    out, back = jax.vjp(lambda *x: run(x, 0.5), *x)
+    return out, back(GOAL)
+
+  out, got = straight(q, k, v)
   kit.assert_same("out", out, hard)
   g = stochastic.gumbel(noise, jnp.arange(T)[:, None] - jnp.arange(S)[None])
   soft = lambda q, k: jax.nn.softmax((q @ k.T + g) / 0.5) @ v
-  got, expected = back(GOAL), jax.vjp(soft, q, k)[1](GOAL)
+  expected = jax.jit(lambda *x: jax.vjp(soft, *x)[1](GOAL))(q, k)
   kit.assert_close("dq", got[0], expected[0])
   kit.assert_close("dk", got[1], expected[1])
 
