@@ -1,0 +1,433 @@
+"""Hard-max decoding in logarithmic time: keys of width 2 as lines in a tree over slopes.
+
+    score[t, s] = q[t] . k[s]        a token inserts its key, then reads its best key's value
+
+A query with q_y > 0 asks for the greatest k_x m + k_y at the slope m = q_x / q_y: which of the
+lines is highest over m. A Li Chao tree answers (Li 2013; `cp-algorithms.com/geometry/convex_hull_
+trick.html`): each node halves an interval of slopes and holds the line that is highest at its
+middle; the loser there sinks to the only side where it can still win. Slopes are float32 read as
+ordered integers, so a path has 33 nodes at most, whatever the keys, and nothing is ever rebuilt.
+q_y < 0 asks a second tree of the keys turned around. A line that loses at both ends of the interval
+it would sink into is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
+
+The program is loops over single numbers, because XLA compiles such a loop into one native function
+(on a CPU: its "small call", a loop whose step touches less than 1 KiB), while an array operation
+inside of a loop costs it a microsecond each. A walk down one tree is some 20 steps of a few
+nanoseconds; all trees take their turn. On GPUs and TPUs, where it is the other way around, a dense
+scan is faster (`attention.ops.hardmax.step`).
+
+Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
+are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
+their lines meet. Where float32 holds that slope, the sign of a difference of heights is exact
+(dx m + dy, of differences that float32 holds), so all lines that meet there lie on one path, and
+count, up to 33 of them. At other slopes, such as 1/3, some may be missed: "average" is then the
+mean of some of the best, "latest" the last of some. The score that is read is the best within the
+rounding of float32 in any case. `hardmax_attention` counts all ties.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from attention import plane
+
+TIES = ("average", "latest")
+_DEPTH = 33
+_WIDTH = 5  # numbers in a node
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HullState:
+  """What a head has read. Of C tokens, K key heads in B rows are 2 B K trees."""
+
+  nodes: Int[Array, " 2BK*(C+1)*5+5"]
+  """x and y (the bits of float32), entry, left child, right child; 0 is no child. Each tree's lie
+  together, its root first. The last one is nobody's.
+  """
+  used: Int[Array, " 2BK"]
+  """The number of nodes of each tree."""
+  entries: Float[Array, " (C+1)*BK*w"]
+  """What is read of each token and head, w = h + 1 numbers: the sum of the values of equal keys and
+  their number, or the last one's value and 1. The last token's are nobody's.
+  """
+  extremes: Float[Array, "5 BK"]
+  """What the keys that an axis asks for have in common: 0, the greatest x, -x, y, -y."""
+  along_axes: Float[Array, "5 BK w"]
+  """Their entries."""
+  length: Int[Array, " B"]
+  """The number of tokens read, by row."""
+  steps: Int[Array, ""]
+  """The number of steps taken, padding included: the capacity bounds it."""
+  ties: str = dataclasses.field(metadata={"static": True}, default="average")
+
+  @property
+  def heads(self) -> int:
+    """B K."""
+    return self.used.shape[0] // 2
+
+  @property
+  def capacity(self) -> int:
+    """C: tokens there is room for."""
+    return self.nodes.shape[0] // _WIDTH // self.used.shape[0] - 1
+
+  @property
+  def width(self) -> int:
+    """h + 1."""
+    return self.along_axes.shape[2]
+
+
+def init_state(
+  batch: int,
+  *,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int = 2,
+  value_dim: int,
+  max_length: int,
+  dtype: Any = jnp.float32,
+  ties: str = "average",
+) -> HullState:
+  """A state that has read nothing, with room for `max_length` tokens: 40 bytes a token and key
+  head, and 4 (h + 1). Tokens beyond are not kept.
+
+  Raises: ValueError: other widths than 2, other ties, or more than int32 can number.
+  """
+  if head_dim != 2:
+    raise ValueError(f"a hull is for heads of width 2, got head_dim={head_dim}")
+  if ties not in TIES:
+    raise ValueError(f"ties must be 'average' or 'latest', got {ties!r}")
+  if num_heads % num_kv_heads:
+    raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
+  if jnp.dtype(dtype) != jnp.float32:
+    raise ValueError(f"the state is float32, got dtype={jnp.dtype(dtype).name}")
+  heads, width = batch * num_kv_heads, value_dim + 1
+  nodes = 2 * heads * (max_length + 1) * _WIDTH + _WIDTH
+  entries = (max_length + 1) * heads * width
+  if max(nodes, entries) >= 2**31:
+    raise ValueError(
+      f"max_length={max_length} with {heads} key heads is more than int32 can number"
+    )
+  return HullState(
+    nodes=jnp.zeros(nodes, jnp.int32),
+    used=jnp.zeros(2 * heads, jnp.int32),
+    entries=jnp.zeros(entries),
+    extremes=jnp.full((5, heads), -jnp.inf).at[0].set(0.0),
+    along_axes=jnp.zeros((5, heads, width)),
+    length=jnp.zeros(batch, jnp.int32),
+    steps=jnp.zeros((), jnp.int32),
+    ties=ties,
+  )
+
+
+def prefill(
+  state: HullState,
+  q: Float[Array, "B T N 2"],
+  k: Float[Array, "B T K 2"],
+  v: Float[Array, "B T K h"],
+  *,
+  lengths: Int[Array, " B"] | None = None,
+) -> tuple[HullState, Float[Array, "B T N h"]]:
+  """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
+  of them; the rest is padding, which takes room, and its outputs are 0.
+  """
+  B, T = q.shape[:2]
+  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+  tokens = (jnp.arange(T, dtype=jnp.int32), *(x.swapaxes(0, 1) for x in (q, k, v)))
+
+  def token(state, x):
+    t, q, k, v = x
+    return _step(state, q, k, v, t < lengths)
+
+  state, out = lax.scan(token, state, tokens)
+  return state, out.swapaxes(0, 1)
+
+
+def step(
+  state: HullState, q: Float[Array, "B N 2"], k: Float[Array, "B K 2"], v: Float[Array, "B K h"]
+) -> tuple[HullState, Float[Array, "B N h"]]:
+  """Reads one token, its own key included: 66 dependent steps at most, 33 down with the key and 33
+  with the query.
+
+  Donate the state to the jitted function that calls this, or all of it is copied.
+  """
+  return _step(state, q, k, v, jnp.ones(q.shape[:1], bool))
+
+
+def _step(state: HullState, q: Array, k: Array, v: Array, valid: Array) -> tuple[HullState, Array]:
+  (B, N, _), K = q.shape, k.shape[1]
+  keep = jnp.repeat(valid & (state.steps < state.capacity), K)
+  key, value = k.reshape(B * K, 2).astype(jnp.float32), v.astype(jnp.float32).reshape(B * K, -1)
+  new = jnp.concatenate([value, jnp.ones((B * K, 1))], axis=1)
+  state, merged = _insert_all(state, key.reshape(-1), keep)
+  state = _entered(_along_axes(state, key, new, keep), new.reshape(-1), merged)
+  read = _query_all(state, q.reshape(-1).astype(jnp.float32), N // K)
+  out = jnp.where(valid[:, None, None], read.reshape(B, N, -1), 0.0).astype(v.dtype)
+  length = state.length + valid.astype(jnp.int32)
+  return dataclasses.replace(state, length=length, steps=state.steps + 1), out
+
+
+def _along_axes(state: HullState, key: Array, new: Array, keep: Array) -> HullState:
+  """What queries along an axis read, with one more key."""
+  x, y = key.T
+  sides = jnp.stack([jnp.zeros_like(x), x, -x, y, -y])
+  more, tie = keep[None] & (sides > state.extremes), keep[None] & (sides == state.extremes)
+  joined = new[None] if state.ties == "latest" else state.along_axes + new[None]
+  entries = jnp.where(tie[..., None], joined, state.along_axes)
+  entries = jnp.where(more[..., None], new[None], entries)
+  extremes = jnp.where(more, sides, state.extremes)
+  return dataclasses.replace(state, extremes=extremes, along_axes=entries)
+
+
+# One number after another. What a loop decides to write it carries into its next turn, which writes
+# it before it reads. XLA takes the size of a great array for bytes that are touched if the write
+# also computes, and a loop that seems to touch much is not compiled into one function.
+
+
+def _get(x: Array, i: Array) -> Array:
+  return _row(x, i, 1)[0]
+
+
+def _put(x: Array, i: Array, value: Array) -> Array:
+  return _put_row(x, i, value[None])
+
+
+def _row(x: Array, i: Array, width: int) -> Array:
+  return lax.dynamic_slice(x, (i,), (width,), allow_negative_indices=False)
+
+
+def _put_row(x: Array, i: Array, row: Array) -> Array:
+  return lax.dynamic_update_slice(x, row, (i,), allow_negative_indices=False)
+
+
+def _bits(x: Array) -> Array:
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _floats(x: Array) -> Array:
+  return lax.bitcast_convert_type(x, jnp.float32)
+
+
+class _Line(NamedTuple):
+  """A key of one tree."""
+
+  x: Array
+  y: Array
+  entry: Array
+
+
+class _Place(NamedTuple):
+  """A node of one tree, and the slopes that it answers for, as ordered integers."""
+
+  node: Array
+  low: Array
+  high: Array
+
+  @property
+  def middle(self) -> Array:
+    return self.low + ((self.high - self.low) >> 1)
+
+  def below(self, node: Array, right: Array) -> "_Place":
+    middle = self.middle
+    low, high = jnp.where(right, middle + 1, self.low), jnp.where(right, self.high, middle)
+    return _Place(node, low, high)
+
+
+def _root() -> _Place:
+  ends = plane.ordered_bits(jnp.array([-_LARGEST, _LARGEST], jnp.float32))
+  return _Place(jnp.int32(0), ends[0], ends[1])
+
+
+def _lead(one: _Line, other: _Line, slope: Array) -> Array:
+  """How much higher the first line is. Where a product overflows, its sign is what counts."""
+  return (one.x - other.x) * slope + (one.y - other.y)
+
+
+class _Nodes(NamedTuple):
+  """All nodes, but for one row that is still to be written."""
+
+  array: Array
+  at: Array
+  row: Array
+
+  def written(self) -> Array:
+    return _put_row(self.array, self.at, self.row)
+
+
+class _Sinking(NamedTuple):
+  """A line on its way down."""
+
+  nodes: _Nodes
+  place: _Place
+  line: _Line
+  used: Array
+  merged: Array
+  """The entry of a key that is equal, or -1."""
+  done: Array
+
+
+def _sink(ties: str, base: Array, c: _Sinking) -> _Sinking:
+  """The line meets a node: the better one stays, the other goes on."""
+  array, at = c.nodes.written(), base + _WIDTH * c.place.node
+  row = _row(array, at, _WIDTH)
+  there, line = _Line(_floats(row[0]), _floats(row[1]), row[2]), c.line
+  empty = c.place.node == c.used
+  lead = _lead(line, there, plane.from_ordered_bits(c.place.middle))
+  same = line.x == there.x
+  equal = same & (line.y == there.y) & ~empty
+  # Of lines that meet in the middle the flatter one sinks: the left half has the middle.
+  wins = jnp.where(same, line.y > there.y, (lead > 0) | ((lead == 0) & (line.x > there.x)))
+  wins = empty | wins | (equal if ties == "latest" else False)
+  choose = lambda a, b: _Line(*(jnp.where(wins, x, y) for x, y in zip(a, b, strict=True)))
+  upper, lower = choose(line, there), choose(there, line)
+  right = lower.x > upper.x
+  end = plane.from_ordered_bits(jnp.where(right, c.place.high, c.place.low))
+  hopeless = (lead != 0) & (_lead(lower, upper, end) < 0)
+  stop = empty | same | hopeless | (c.place.low == c.place.high)
+  child = jnp.where(right, row[4], row[3])
+  new = ~stop & (child == 0)
+  child = jnp.where(new, c.used, child)
+  left, right_child = (jnp.where(empty, 0, x) for x in (row[3], row[4]))
+  row = jnp.stack([
+    _bits(upper.x), _bits(upper.y), upper.entry,
+    jnp.where(new & ~right, child, left), jnp.where(new & right, child, right_child),
+  ])  # fmt: skip
+  merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
+  used = c.used + empty.astype(jnp.int32)
+  return _Sinking(_Nodes(array, at, row), c.place.below(child, right), lower, used, merged, stop)
+
+
+def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
+  """All keys into both trees of their heads; and the entries that they merged with, by tree."""
+  size = _WIDTH * (state.capacity + 1)
+
+  def one(tree, carry):
+    nodes, used, merged = carry
+    head, sign = tree >> 1, jnp.where(tree & 1 == 0, 1.0, -1.0)
+    line = _Line(sign * _get(key, 2 * head), sign * _get(key, 2 * head + 1), state.steps)
+    c = _Sinking(nodes, _root(), line, _get(used, tree), jnp.int32(-1), ~_get(keep, head))
+    sink = functools.partial(_sink, state.ties, tree * size)
+    c = lax.while_loop(lambda c: ~c.done, sink, c)
+    return c.nodes, _put(used, tree, c.used), _put(merged, tree, c.merged)
+
+  # Nothing yet to write: what nobody reads.
+  nothing = jnp.int32(state.nodes.shape[0] - _WIDTH), jnp.zeros(_WIDTH, jnp.int32)
+  start = _Nodes(state.nodes, *nothing), state.used, jnp.full_like(state.used, -1)
+  nodes, used, merged = lax.fori_loop(0, state.used.shape[0], one, start)
+  return dataclasses.replace(state, nodes=nodes.written(), used=used), merged
+
+
+class _Entries(NamedTuple):
+  """All entries, but for one number that is still to be written."""
+
+  array: Array
+  at: Array
+  number: Array
+
+  def written(self) -> Array:
+    return _put(self.array, self.at, self.number)
+
+  def add(self, at: Array, new: Array, start: Array, width: Array, fresh: Array) -> "_Entries":
+    """With `width` numbers of `new` from `start` on added at `at`, or put there."""
+
+    def one(i, entries):
+      array = entries.written()
+      old = jnp.where(fresh, 0.0, _get(array, at + i))
+      return _Entries(array, at + i, old + _get(new, start + i))
+
+    return lax.fori_loop(0, width, one, self)
+
+
+def _entered(state: HullState, new: Array, merged: Array) -> HullState:
+  """The tokens' own entries, and those that they merged with."""
+  heads, w = state.heads, state.width
+  entries = _put_row(state.entries, jnp.minimum(state.steps, state.capacity) * heads * w, new)
+
+  def one(head, entries):
+    upper, lower = _get(merged, 2 * head), _get(merged, 2 * head + 1)
+    for entry, when in ((upper, upper >= 0), (lower, (lower >= 0) & (lower != upper))):
+      at, width = (entry * heads + head) * w, jnp.where(when, w, 0)
+      entries = entries.add(at, new, head * w, width, False)
+    return entries
+
+  if state.ties == "average":
+    nothing = jnp.int32(entries.shape[0] - 1), jnp.float32(0)
+    entries = lax.fori_loop(0, heads, one, _Entries(entries, *nothing)).written()
+  return dataclasses.replace(state, entries=entries)
+
+
+class _Seeking(NamedTuple):
+  """A query on its way down."""
+
+  place: _Place
+  best: Array
+  found: Array
+  """The entries that have the best score: the first `count` of `_DEPTH`."""
+  count: Array
+  done: Array
+
+
+def _seek(state: HullState, base: Array, aim: plane.Direction, c: _Seeking) -> _Seeking:
+  """The query meets a node."""
+  row = _row(state.nodes, base + _WIDTH * c.place.node, _WIDTH)
+  score = plane.score((aim.x, aim.y), (_floats(row[0]), _floats(row[1])))
+  better, tie = score > c.best, score == c.best
+  count = jnp.where(better, 0, c.count)
+  if state.ties == "latest":
+    last = jnp.where(better, row[2], jnp.maximum(row[2], _get(c.found, jnp.int32(0))))
+    found = _put(c.found, (~better & ~tie).astype(jnp.int32), last)
+    count = jnp.int32(1)
+  else:
+    found = _put(c.found, count, row[2])  # counted, or overwritten
+    count = count + (better | tie).astype(jnp.int32)
+  slope = plane.ordered_bits(jnp.clip(aim.slope, -_LARGEST, _LARGEST))
+  right = slope > c.place.middle
+  child = jnp.where(right, row[4], row[3])
+  done = (child == 0) | (c.place.low == c.place.high)
+  return _Seeking(c.place.below(child, right), jnp.maximum(c.best, score), found, count, done)
+
+
+def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> tuple[Array, Array]:
+  """The entries that one query reads, and their number: a buffer's first ones. None along an axis,
+  where what is read is known without a walk.
+  """
+  aim = plane.direction(x, y)
+  tree = 2 * head + aim.lower.astype(jnp.int32)
+  done = (x == 0) | (y == 0) | (_get(state.used, tree) == 0)
+  c = _Seeking(_root(), jnp.float32(-jnp.inf), found, jnp.int32(0), done)
+  seek = functools.partial(_seek, state, tree * _WIDTH * (state.capacity + 1), aim)
+  c = lax.while_loop(lambda c: ~c.done, seek, c)
+  return c.found, c.count
+
+
+def _query_all(state: HullState, query: Array, group: int) -> Array:
+  """What all queries read: `query` is flat, and `group` of them in a row read one key head."""
+  heads, asks, w = state.heads, query.shape[0] // 2, state.width
+  along_axes = state.along_axes.reshape(-1)
+
+  def one(ask, carry):
+    found, out = carry
+    head = lax.div(ask, jnp.int32(group))
+    x, y = _get(query, 2 * ask), _get(query, 2 * ask + 1)
+    found, count = _query(state, head, x, y, found)
+
+    def add(i, out):
+      start = (_get(found, i) * heads + head) * w
+      return out.add(ask * w, state.entries, start, jnp.int32(w), i == 0)
+
+    out = lax.fori_loop(0, count, add, out)
+    axis = (x == 0) | (y == 0)
+    side = jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
+    start = (side * heads + head) * w
+    return found, out.add(ask * w, along_axes, start, jnp.where(axis, w, 0), True)
+
+  nothing = jnp.int32(asks * w), jnp.float32(0)
+  start = jnp.zeros(_DEPTH + 1, jnp.int32), _Entries(jnp.zeros(asks * w + 1), *nothing)
+  out = lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
+  return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)
