@@ -1,6 +1,7 @@
 """Measures time and memory of every mechanism and of its peers, against recorded targets.
 
     python -m experiments.benchmark --suite=cpu --check
+    python -m experiments.benchmark --suite=hull --check       # hard-max heads, 10 minutes
     python -m experiments.benchmark --suite=gpu --check        # on a Hopper GPU, 8 minutes at most
 
 Contenders of one length are timed by turns, so that they meet the same machine, and judged by
@@ -28,6 +29,7 @@ from experiments import files, flags, provenance
 from experiments.benchmarks import (
   chip,
   contenders,
+  hull,
   memory,
   picture,
   resident,
@@ -37,12 +39,14 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.cases import CHIP_SUITES
 from experiments.benchmarks.contenders import BOTH, FORWARD, STEP, Torch
+from experiments.benchmarks.hull import HULL_SUITES
 from experiments.benchmarks.suites import SUITES, Suite
 from experiments.flags import UserError, knob
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Largest error, as a share of the largest true value, of an answer that counts as right.
 TOLERANCE = 1e-3
+NAMES = (*SUITES, *HULL_SUITES, *CHIP_SUITES)
 # Seconds after which the idle threads of another library sleep.
 SETTLE = 0.05
 
@@ -51,7 +55,7 @@ SETTLE = 0.05
 class Options:
   """The command line."""
 
-  suite: str = knob("cpu", f"What is measured: {', '.join((*SUITES, *CHIP_SUITES))}.")
+  suite: str = knob("cpu", f"What is measured: {', '.join(NAMES)}.")
   check: bool = knob(False, "Exit 1, naming each target that is missed or was not measured.")
   out: str = knob("", "Results, JSON, with a picture beside them; empty is experiments/results.")
   torch_python: str = knob("", "A Python that has PyTorch, if this one does not.")
@@ -253,8 +257,8 @@ def times_table(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
   """Measures, writes, draws, prints; returns 1 when asked to check and a target is not met."""
   options = flags.parse(argv, Options(), doc=__doc__ or "")
-  if options.suite not in {*SUITES, *CHIP_SUITES}:
-    raise UserError(flags.unknown("--suite", options.suite, (*SUITES, *CHIP_SUITES)))
+  if options.suite not in NAMES:
+    raise UserError(flags.unknown("--suite", options.suite, NAMES))
   with flags.blame_user():
     flags.check_bounds(options)
   on_chip = options.suite in CHIP_SUITES
@@ -269,7 +273,10 @@ def main(argv: Sequence[str]) -> int:
   files.write_results(path, results)
   show = chip.table if on_chip else times_table
   print(show(results), targets.table(verdicts), sep="\n\n")
-  draw = chip.mechanism(CHIP_SUITES[options.suite]).draw if on_chip else picture.draw
+  if on_chip:
+    draw = chip.mechanism(CHIP_SUITES[options.suite]).draw
+  else:
+    draw = hull.draw if options.suite in HULL_SUITES else picture.draw
   path.with_suffix(".png").write_bytes(draw(results))
   unmet = [f"{v.what} ({v.verdict})" for v in verdicts if v.verdict != "met"]
   if on_chip and results["checks"]["verdict"] != "passed":
@@ -286,6 +293,9 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   if not options.measure:
     return path, _read(path, options.suite)
   jax.config.update("jax_platforms", "cpu")
+  if options.suite in HULL_SUITES:
+    _use_cores(HULL_SUITES[options.suite].cores)
+    return path, hull.measure(options.suite, _environment({}), say)
   _use_cores(SUITES[options.suite].cores)
   return path, measure(options.suite, options.torch_python)
 

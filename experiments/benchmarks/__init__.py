@@ -6,6 +6,7 @@ timing.py         rounds in which every contender is timed once, in turn
 memory.py         the peak of a fresh process
 resident.py       the resident memory of this process; knows nothing of jax
 torch_worker.py   PyTorch in a process of its own, and of its own interpreter if need be
+hull.py           hard-max heads: decoding on a hull, all queries at once
 targets.json      what the numbers must reach; targets.py judges
 picture.py        time and memory against length
 

@@ -119,7 +119,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], table: str, title: str
   axes.set_xlabel("T, tokens", color=MUTED)
   axes.xaxis.set_major_formatter(FuncFormatter(length))
   axes.xaxis.set_minor_locator(NullLocator())
-  axes.yaxis.set_major_formatter(FuncFormatter(_bytes if table == "memory" else _seconds))
+  axes.yaxis.set_major_formatter(FuncFormatter(_bytes if table == "memory" else seconds))
   quiet(axes)
 
 
@@ -133,7 +133,8 @@ def length(T: float, _: Any) -> str:
   return f"{T / 1024:g}k" if T >= 1024 else f"{T:g}"
 
 
-def _seconds(value: float, _: Any) -> str:
+def seconds(value: float, _: Any) -> str:
+  """A time on an axis."""
   for factor, unit in ((1, "s"), (1e-3, "ms")):
     if value >= factor:
       return f"{value / factor:g} {unit}"

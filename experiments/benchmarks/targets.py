@@ -94,6 +94,10 @@ def _measure(
     if len(rows) < 2:
       raise KeyError(target["exponent"])
     return exponent([row["T"] for row in rows], [row["median"] for row in rows]), None
+  if "per_second" in target:
+    row = times[target["per_second"]]
+    rates = [1 / seconds for seconds in row["seconds"]]
+    return 1 / row["median"], (min(rates), statistics.median(rates), max(rates))
   memory = {key(row): row for row in results["memory"]}
   row = memory[target["memory"]]
   return row["growth"] / row["qkvo"], None
