@@ -1,0 +1,1 @@
+"""A machine with one instruction, and a transformer that runs it."""
