@@ -84,6 +84,24 @@ def measured(root: pathlib.Path) -> str:
   return "\n\n".join(parts + absent)
 
 
+def hardmax(root: pathlib.Path) -> str:
+  """What was measured of hard-max heads: the targets and the picture; and the machine's picture."""
+  results, machine = _results(root, "hull"), _results(root, "hull_machine")
+  parts = []
+  if results is not None:
+    where = results["environment"]
+    lead = (
+      f"{where['cores']} cores of {where['processor']}, jax {where['versions']['jax']}, "
+      f"{where['date'][:10]}, commit {where['commit']}; medians, by `{where['command']}`."
+    )
+    alt = "Time of a token against the number before it, hulls beside scans of all keys"
+    parts += [f"![{alt}]({RESULTS}/hull.png)", lead, _verdicts(results)]
+  if machine is not None:
+    alt = "Tokens per second of the written machine against the length of its trace"
+    parts.append(f"![{alt}]({RESULTS}/hull_machine.png)")
+  return "\n\n".join(parts)
+
+
 # Chips, by the names of their results.
 CHIPS = ("h200", "h100")
 PASSES = ("forward", "backward")
@@ -158,6 +176,7 @@ BLOCKS: Mapping[str, Callable[[pathlib.Path], str]] = {
   "mechanisms": mechanisms,
   "recall": recall,
   "measured": measured,
+  "hard-max": hardmax,
   "chips": chips,
 }
 
