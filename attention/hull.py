@@ -10,11 +10,9 @@ ordered integers, so a path has 33 nodes at most, whatever the keys, and nothing
 q_y < 0 asks a second tree of the keys turned around. A line that loses at both ends of the interval
 it would sink into is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
 
-The program is loops over single numbers, because XLA compiles such a loop into one native function
-(on a CPU: its "small call", a loop whose step touches less than 1 KiB), while an array operation
-inside of a loop costs it a microsecond each. A walk down one tree is some 20 steps of a few
-nanoseconds; all trees take their turn. On GPUs and TPUs, where it is the other way around, a dense
-scan is faster (`attention.ops.hardmax.step`).
+The program is loops over single numbers, all trees in turn (`attention.native`): a walk down one
+is some 20 steps of a few nanoseconds. It is for CPUs. On GPUs and TPUs a scan of all keys is faster
+(`attention.ops.hardmax.step`).
 
 Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
 are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
@@ -34,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import plane
+from attention import native, plane
 
 TIES = ("average", "latest")
 _DEPTH = 33
@@ -137,16 +135,7 @@ def prefill(
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
-  B, T = q.shape[:2]
-  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-  tokens = (jnp.arange(T, dtype=jnp.int32), *(x.swapaxes(0, 1) for x in (q, k, v)))
-
-  def token(state, x):
-    t, q, k, v = x
-    return _step(state, q, k, v, t < lengths)
-
-  state, out = lax.scan(token, state, tokens)
-  return state, out.swapaxes(0, 1)
+  return native.prefill(_step, state, q, k, v, lengths)
 
 
 def step(
@@ -166,7 +155,11 @@ def _step(state: HullState, q: Array, k: Array, v: Array, valid: Array) -> tuple
   key, value = k.reshape(B * K, 2).astype(jnp.float32), v.astype(jnp.float32).reshape(B * K, -1)
   new = jnp.concatenate([value, jnp.ones((B * K, 1))], axis=1)
   state, merged = _insert_all(state, key.reshape(-1), keep)
-  state = _entered(_along_axes(state, key, new, keep), new.reshape(-1), merged)
+  state = _along_axes(state, key, new, keep)
+  entries = native.entered(
+    state.entries, state.steps, new, None if state.ties == "latest" else merged.reshape(-1, 2)
+  )
+  state = dataclasses.replace(state, entries=entries)
   read = _query_all(state, q.reshape(-1).astype(jnp.float32), N // K)
   out = jnp.where(valid[:, None, None], read.reshape(B, N, -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)
@@ -183,35 +176,6 @@ def _along_axes(state: HullState, key: Array, new: Array, keep: Array) -> HullSt
   entries = jnp.where(more[..., None], new[None], entries)
   extremes = jnp.where(more, sides, state.extremes)
   return dataclasses.replace(state, extremes=extremes, along_axes=entries)
-
-
-# One number after another. What a loop decides to write it carries into its next turn, which writes
-# it before it reads. XLA takes the size of a great array for bytes that are touched if the write
-# also computes, and a loop that seems to touch much is not compiled into one function.
-
-
-def _get(x: Array, i: Array) -> Array:
-  return _row(x, i, 1)[0]
-
-
-def _put(x: Array, i: Array, value: Array) -> Array:
-  return _put_row(x, i, value[None])
-
-
-def _row(x: Array, i: Array, width: int) -> Array:
-  return lax.dynamic_slice(x, (i,), (width,), allow_negative_indices=False)
-
-
-def _put_row(x: Array, i: Array, row: Array) -> Array:
-  return lax.dynamic_update_slice(x, row, (i,), allow_negative_indices=False)
-
-
-def _bits(x: Array) -> Array:
-  return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _floats(x: Array) -> Array:
-  return lax.bitcast_convert_type(x, jnp.float32)
 
 
 class _Line(NamedTuple):
@@ -249,21 +213,10 @@ def _lead(one: _Line, other: _Line, slope: Array) -> Array:
   return (one.x - other.x) * slope + (one.y - other.y)
 
 
-class _Nodes(NamedTuple):
-  """All nodes, but for one row that is still to be written."""
-
-  array: Array
-  at: Array
-  row: Array
-
-  def written(self) -> Array:
-    return _put_row(self.array, self.at, self.row)
-
-
 class _Sinking(NamedTuple):
   """A line on its way down."""
 
-  nodes: _Nodes
+  nodes: native.Rows
   place: _Place
   line: _Line
   used: Array
@@ -275,8 +228,8 @@ class _Sinking(NamedTuple):
 def _sink(ties: str, base: Array, c: _Sinking) -> _Sinking:
   """The line meets a node: the better one stays, the other goes on."""
   array, at = c.nodes.written(), base + _WIDTH * c.place.node
-  row = _row(array, at, _WIDTH)
-  there, line = _Line(_floats(row[0]), _floats(row[1]), row[2]), c.line
+  row = native.row(array, at, _WIDTH)
+  there, line = _Line(native.floats(row[0]), native.floats(row[1]), row[2]), c.line
   empty = c.place.node == c.used
   lead = _lead(line, there, plane.from_ordered_bits(c.place.middle))
   same = line.x == there.x
@@ -295,12 +248,14 @@ def _sink(ties: str, base: Array, c: _Sinking) -> _Sinking:
   child = jnp.where(new, c.used, child)
   left, right_child = (jnp.where(empty, 0, x) for x in (row[3], row[4]))
   row = jnp.stack([
-    _bits(upper.x), _bits(upper.y), upper.entry,
+    native.bits(upper.x), native.bits(upper.y), upper.entry,
     jnp.where(new & ~right, child, left), jnp.where(new & right, child, right_child),
   ])  # fmt: skip
   merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
   used = c.used + empty.astype(jnp.int32)
-  return _Sinking(_Nodes(array, at, row), c.place.below(child, right), lower, used, merged, stop)
+  return _Sinking(
+    native.Rows(array, at, row), c.place.below(child, right), lower, used, merged, stop
+  )
 
 
 def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
@@ -310,56 +265,19 @@ def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, A
   def one(tree, carry):
     nodes, used, merged = carry
     head, sign = tree >> 1, jnp.where(tree & 1 == 0, 1.0, -1.0)
-    line = _Line(sign * _get(key, 2 * head), sign * _get(key, 2 * head + 1), state.steps)
-    c = _Sinking(nodes, _root(), line, _get(used, tree), jnp.int32(-1), ~_get(keep, head))
+    line = _Line(
+      sign * native.get(key, 2 * head), sign * native.get(key, 2 * head + 1), state.steps
+    )
+    c = _Sinking(
+      nodes, _root(), line, native.get(used, tree), jnp.int32(-1), ~native.get(keep, head)
+    )
     sink = functools.partial(_sink, state.ties, tree * size)
     c = lax.while_loop(lambda c: ~c.done, sink, c)
-    return c.nodes, _put(used, tree, c.used), _put(merged, tree, c.merged)
+    return c.nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
 
-  # Nothing yet to write: what nobody reads.
-  nothing = jnp.int32(state.nodes.shape[0] - _WIDTH), jnp.zeros(_WIDTH, jnp.int32)
-  start = _Nodes(state.nodes, *nothing), state.used, jnp.full_like(state.used, -1)
+  start = native.unwritten(state.nodes, _WIDTH), state.used, jnp.full_like(state.used, -1)
   nodes, used, merged = lax.fori_loop(0, state.used.shape[0], one, start)
   return dataclasses.replace(state, nodes=nodes.written(), used=used), merged
-
-
-class _Entries(NamedTuple):
-  """All entries, but for one number that is still to be written."""
-
-  array: Array
-  at: Array
-  number: Array
-
-  def written(self) -> Array:
-    return _put(self.array, self.at, self.number)
-
-  def add(self, at: Array, new: Array, start: Array, width: Array, fresh: Array) -> "_Entries":
-    """With `width` numbers of `new` from `start` on added at `at`, or put there."""
-
-    def one(i, entries):
-      array = entries.written()
-      old = jnp.where(fresh, 0.0, _get(array, at + i))
-      return _Entries(array, at + i, old + _get(new, start + i))
-
-    return lax.fori_loop(0, width, one, self)
-
-
-def _entered(state: HullState, new: Array, merged: Array) -> HullState:
-  """The tokens' own entries, and those that they merged with."""
-  heads, w = state.heads, state.width
-  entries = _put_row(state.entries, jnp.minimum(state.steps, state.capacity) * heads * w, new)
-
-  def one(head, entries):
-    upper, lower = _get(merged, 2 * head), _get(merged, 2 * head + 1)
-    for entry, when in ((upper, upper >= 0), (lower, (lower >= 0) & (lower != upper))):
-      at, width = (entry * heads + head) * w, jnp.where(when, w, 0)
-      entries = entries.add(at, new, head * w, width, False)
-    return entries
-
-  if state.ties == "average":
-    nothing = jnp.int32(entries.shape[0] - 1), jnp.float32(0)
-    entries = lax.fori_loop(0, heads, one, _Entries(entries, *nothing)).written()
-  return dataclasses.replace(state, entries=entries)
 
 
 class _Seeking(NamedTuple):
@@ -375,16 +293,16 @@ class _Seeking(NamedTuple):
 
 def _seek(state: HullState, base: Array, aim: plane.Direction, c: _Seeking) -> _Seeking:
   """The query meets a node."""
-  row = _row(state.nodes, base + _WIDTH * c.place.node, _WIDTH)
-  score = plane.score((aim.x, aim.y), (_floats(row[0]), _floats(row[1])))
+  row = native.row(state.nodes, base + _WIDTH * c.place.node, _WIDTH)
+  score = plane.score((aim.x, aim.y), (native.floats(row[0]), native.floats(row[1])))
   better, tie = score > c.best, score == c.best
   count = jnp.where(better, 0, c.count)
   if state.ties == "latest":
-    last = jnp.where(better, row[2], jnp.maximum(row[2], _get(c.found, jnp.int32(0))))
-    found = _put(c.found, (~better & ~tie).astype(jnp.int32), last)
+    last = jnp.where(better, row[2], jnp.maximum(row[2], native.get(c.found, jnp.int32(0))))
+    found = native.put(c.found, (~better & ~tie).astype(jnp.int32), last)
     count = jnp.int32(1)
   else:
-    found = _put(c.found, count, row[2])  # counted, or overwritten
+    found = native.put(c.found, count, row[2])  # counted, or overwritten
     count = count + (better | tie).astype(jnp.int32)
   slope = plane.ordered_bits(jnp.clip(aim.slope, -_LARGEST, _LARGEST))
   right = slope > c.place.middle
@@ -399,7 +317,7 @@ def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> t
   """
   aim = plane.direction(x, y)
   tree = 2 * head + aim.lower.astype(jnp.int32)
-  done = (x == 0) | (y == 0) | (_get(state.used, tree) == 0)
+  done = (x == 0) | (y == 0) | (native.get(state.used, tree) == 0)
   c = _Seeking(_root(), jnp.float32(-jnp.inf), found, jnp.int32(0), done)
   seek = functools.partial(_seek, state, tree * _WIDTH * (state.capacity + 1), aim)
   c = lax.while_loop(lambda c: ~c.done, seek, c)
@@ -414,20 +332,19 @@ def _query_all(state: HullState, query: Array, group: int) -> Array:
   def one(ask, carry):
     found, out = carry
     head = lax.div(ask, jnp.int32(group))
-    x, y = _get(query, 2 * ask), _get(query, 2 * ask + 1)
+    x, y = native.get(query, 2 * ask), native.get(query, 2 * ask + 1)
     found, count = _query(state, head, x, y, found)
 
     def add(i, out):
-      start = (_get(found, i) * heads + head) * w
-      return out.add(ask * w, state.entries, start, jnp.int32(w), i == 0)
+      start = (native.get(found, i) * heads + head) * w
+      return native.add(out, ask * w, state.entries, start, jnp.int32(w), i == 0)
 
     out = lax.fori_loop(0, count, add, out)
     axis = (x == 0) | (y == 0)
     side = jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
     start = (side * heads + head) * w
-    return found, out.add(ask * w, along_axes, start, jnp.where(axis, w, 0), True)
+    return found, native.add(out, ask * w, along_axes, start, jnp.where(axis, w, 0), True)
 
-  nothing = jnp.int32(asks * w), jnp.float32(0)
-  start = jnp.zeros(_DEPTH + 1, jnp.int32), _Entries(jnp.zeros(asks * w + 1), *nothing)
+  start = jnp.zeros(_DEPTH + 1, jnp.int32), native.unwritten(jnp.zeros(asks * w + 1), 1)
   out = lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
   return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)

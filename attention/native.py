@@ -1,0 +1,132 @@
+"""Programs of single numbers, which XLA's CPU compiler makes into native functions.
+
+A loop whose turn touches less than 1 KiB becomes one function, with the loops inside of it, where
+an array operation costs a microsecond to start: a walk down a tree takes nanoseconds a step. Two
+rules keep it so, however large the arrays are (`tests/attention/test_hull.py` counts the loops):
+
+- What a loop decides to write it carries into its next turn, which writes it before it reads. XLA
+  takes the size of an array for bytes that are touched if the write also computes, in float32, and
+  so loses what it subtracts again.
+- Nothing is read and written in one turn in the other order, or XLA copies the array.
+
+On other chips every turn is a launch: nothing here is for them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+def get(x: Array, i: Array) -> Array:
+  """x[i], i >= 0."""
+  return row(x, i, 1)[0]
+
+
+def put(x: Array, i: Array, value: Array) -> Array:
+  """x with x[i] = value, i >= 0."""
+  return put_row(x, i, value[None])
+
+
+def row(x: Array, i: Array, width: int) -> Array:
+  """x[i : i + width], i >= 0."""
+  return lax.dynamic_slice(x, (i,), (width,), allow_negative_indices=False)
+
+
+def put_row(x: Array, i: Array, values: Array) -> Array:
+  """x with these values from i >= 0 on."""
+  return lax.dynamic_update_slice(x, values, (i,), allow_negative_indices=False)
+
+
+def bits(x: Array) -> Array:
+  """The bits of a float32, as int32."""
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def floats(x: Array) -> Array:
+  """The float32 of these bits."""
+  return lax.bitcast_convert_type(x, jnp.float32)
+
+
+class Rows(NamedTuple):
+  """An array, but for one row that is still to be written."""
+
+  array: Array
+  at: Array
+  row: Array
+
+  def written(self) -> Array:
+    """The array."""
+    return put_row(self.array, self.at, self.row)
+
+
+def unwritten(array: Array, width: int) -> Rows:
+  """Nothing yet to write: zeros in the last row, which must be nobody's."""
+  return Rows(array, jnp.int32(array.shape[0] - width), jnp.zeros(width, array.dtype))
+
+
+def add(to: Rows, at: Array, new: Array, start: Array, width: Array, fresh: Array | bool) -> Rows:
+  """`width` numbers of `new` from `start` on are added at `at`, or with `fresh` put there. Rows of
+  one number.
+  """
+
+  def one(i, rows):
+    array = rows.written()
+    old = jnp.where(fresh, 0.0, row(array, at + i, 1))
+    return Rows(array, at + i, old + row(new, start + i, 1))
+
+  return lax.fori_loop(0, width, one, to)
+
+
+def entered(
+  entries: Float[Array, " C+1*X*w"],
+  token: Array,
+  new: Float[Array, "X w"],
+  merged: Int[Array, "X m"] | None,
+) -> Float[Array, " C+1*X*w"]:
+  """The entries of C tokens and X heads, flat, with what a new token brings.
+
+  Args: token: which it is; from C on it is nobody's. merged: for each head earlier tokens whose
+    entries it is added to, each once; -1 for none.
+  """
+  heads, w = new.shape
+  capacity = entries.shape[0] // (heads * w) - 1
+  new = new.reshape(-1)
+  entries = put_row(entries, jnp.minimum(token, capacity) * heads * w, new)
+  if merged is None:
+    return entries
+  each, merged = merged.shape[1], merged.reshape(-1)
+
+  def one(head, rows):
+    last = jnp.int32(-1)
+    for i in range(each):
+      entry = get(merged, each * head + i)
+      width = jnp.where((entry >= 0) & (entry != last), w, 0)
+      rows = add(rows, (entry * heads + head) * w, new, head * w, width, False)
+      last = entry
+    return rows
+
+  return lax.fori_loop(0, heads, one, unwritten(entries, 1)).written()
+
+
+def prefill[State](
+  step: Callable[..., tuple[State, Array]],
+  state: State,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K h"],
+  lengths: Int[Array, " B"] | None,
+) -> tuple[State, Float[Array, "B T N h"]]:
+  """Folds step(state, q, k, v, valid) over the tokens; row b has `lengths[b]` of them."""
+  B, T = q.shape[:2]
+  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+
+  def token(state, x):
+    t, q, k, v = x
+    return step(state, q, k, v, t < lengths)
+
+  tokens = (jnp.arange(T, dtype=jnp.int32), *(x.swapaxes(0, 1) for x in (q, k, v)))
+  state, out = lax.scan(token, state, tokens)
+  return state, out.swapaxes(0, 1)
