@@ -230,8 +230,10 @@ def run(point: Point) -> dict[str, Any]:
   return {**point.identity, "accuracy": right, "seconds": seconds, "curve": curve}
 
 
-def accuracy(model: Model, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-  """The share of questions whose likeliest answer is right."""
+def accuracy(
+  model: Callable[[Any, jax.Array], jax.Array], params: Any, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """The share of questions whose likeliest answer is right; `model` makes logits of tokens."""
   answers = model(params, batch["inputs"]).argmax(-1)
   right = jnp.where(answers == batch["targets"], batch["weights"], 0.0)
   return right.sum() / batch["weights"].sum()
