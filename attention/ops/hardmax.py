@@ -528,11 +528,33 @@ def step(
   q: Float[Array, "B N H"],
   k: Float[Array, "B K H"],
   v: Float[Array, "B K h"],
-  **options: Any,
+  *,
+  ties: str = "average",
+  top_k: int | None = None,
+  scale: float | None = None,
 ) -> tuple[State, Float[Array, "B N h"]]:
-  """Reads one token: O(max_length) time."""
-  state, out = prefill(state, *(x[:, None] for x in (q, k, v)), **options)
-  return state, out[:, 0]
+  """Reads one token: one pass over the cache, O(max_length) time."""
+  if top_k is not None:
+    qkv = (x[:, None] for x in (q, k, v))
+    state, out = prefill(state, *qkv, top_k=top_k, scale=scale)
+    return state, out[:, 0]
+  state, _, _ = append(state, k[:, None], v[:, None], None)
+  (B, N, H), (S, K) = q.shape, state.key.shape[1:3]
+  query, key = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, state.key))
+  score = plane.scores(query.reshape(B, K, N // K, H), key.swapaxes(1, 2))
+  slots = jnp.arange(S, dtype=jnp.int32)[None, None, None]
+  score = jnp.where(slots < state.length[:, None, None, None], score, -jnp.inf)
+  tied = (score == score.max(-1, keepdims=True)) & (score > -jnp.inf)
+  last, count = jnp.where(tied, slots, 0).max(-1), tied.sum(-1, dtype=jnp.int32)
+  value = state.value.swapaxes(1, 2)
+  read = lambda: jnp.take_along_axis(value[:, :, None], last[..., None, None], axis=3)[:, :, :, 0]
+
+  def average():
+    total = jnp.einsum("bkgs,bksh->bkgh", tied.astype(value.dtype), value, precision="highest")
+    return total / jnp.maximum(count, 1)[..., None].astype(value.dtype)
+
+  alone = ties == "latest" or (count <= 1).all()
+  return state, jax.lax.cond(alone, read, average).reshape(B, N, -1).astype(v.dtype)
 
 
 def cost(

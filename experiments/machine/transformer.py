@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from attention import hull, kv_cache, plane
+from attention import hull
 from attention.ops import hardmax
 
 ONE, NEXT, ADDRESS, SQUARE, VALUE, A, B, C, X, Y, B_SQUARED, JUMP = range(12)
@@ -149,25 +149,9 @@ class Cache(NamedTuple):
   step: Callable[..., tuple[Any, Array]]
 
 
-def _look_at_all(
-  state: hardmax.State, q: Float[Array, "B N 2"], k: Float[Array, "B 1 2"], v: Float[Array, "B 1 h"]
-) -> tuple[hardmax.State, Float[Array, "B N h"]]:
-  """`hardmax.step` with one key head, ties to the latest: a plain pass over the whole cache, so
-  that what the hull is compared with is no slower than it need be.
-  """
-  state, _, _ = kv_cache.append(state, k[:, None], v[:, None], None)
-  slots = jnp.arange(state.key.shape[1], dtype=jnp.int32)[None, None]
-  query = (q[..., 0, None], q[..., 1, None])
-  score = plane.score(query, (state.key[:, None, :, 0, 0], state.key[:, None, :, 0, 1]))
-  score = jnp.where(slots < state.length[:, None, None], score, -jnp.inf)
-  best = score == score.max(-1, keepdims=True)
-  last = jnp.where(best, slots, 0).max(-1)
-  return state, jnp.take_along_axis(state.value[:, :, 0], last[..., None], axis=1)
-
-
 CACHES: Final[Mapping[str, Cache]] = {
   "hull": Cache(functools.partial(hull.init_state, ties="latest"), hull.step),
-  "dense": Cache(hardmax.init_state, _look_at_all),
+  "dense": Cache(hardmax.init_state, functools.partial(hardmax.step, ties="latest")),
 }
 """Name -> cache: a search in a tree, or a look at every key."""
 
