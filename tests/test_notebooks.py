@@ -119,3 +119,24 @@ def test_linear_attention():
   sizes = re.findall(r"(\w+), \d+ tokens: ([\d,]+) bytes", text)
   softmax, linear = ([size for name, size in sizes if name == n] for n in ("softmax", "linear"))
   assert len(set(softmax)) == len(linear) == 3 and len(set(linear)) == 1
+
+
+@pytest.mark.slow
+def test_hardmax_in_log_time():
+  """Every claim of the lesson that a number could contradict, time apart."""
+  notebook = execute("hardmax_in_log_time")
+  text = printed(notebook)
+  measured = (ROOT / "experiments/results/hull.json").exists()
+  assert len(pictures(notebook)) == 6 + measured
+  assert float(re.search(r"hard-max differ by ([\d.e+-]+)", text)[1]) < 1e-6
+  assert "before the last step is gone: True" in text
+  assert int(re.search(r"of 3000 keys (\d+) are kept", text)[1]) < 100
+  assert float(re.search(r"scores is lost at most ([\d.e+-]+)", text)[1]) < 1e-5
+  for cache in ("hull", "dense"):
+    assert re.search(rf"{cache}: \d{{4}} steps, first wrong: None", text)
+  numbers = next(line for line in text.splitlines() if re.fullmatch(r"(\d+ ){23}\d+", line))
+  assert sorted(map(int, numbers.split())) == [int(x) for x in numbers.split()]
+  assert "as they are: 4095 reads [4095]" in text
+  assert "as they are: 4100 reads [4099, 4100, 4101]" in text
+  assert "minus 4096: 4100 reads [4100]" in text
+  assert "further: 8191 reads [8191]" in text and "further: 8196 reads [8195, 8196, 8197]" in text
