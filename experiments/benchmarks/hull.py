@@ -55,11 +55,11 @@ HULL_SUITES: Final[Mapping[str, HullSuite]] = {
     cores=2,
   ),
   "hull-toy": HullSuite(
-    families=("gaussian", "circle"),
+    families=("circle",),
     lengths=(256, 1024),
     together=("gaussian",),
     heads=3,
-    bulk=(2**10, 2**11),
+    bulk=(2**10,),
     scanned=2**10,
     rounds=2,
     cores=0,
