@@ -38,12 +38,6 @@ CHUNK = 1000
 WINDOW = 100
 """Tokens that a dense cache is timed over."""
 COLORS: Final[Mapping[str, str]] = {"hull": "#1f5fb4", "dense": "#c05a00"}
-PEERS: Final[Sequence[tuple[str, int, float]]] = (
-  ("Percepta, hull in C++, 126 heads", 40_300, 31_037),
-  ("Percepta, all keys, 126 heads", 14_982, 362),
-)
-"""(name, tokens of the trace, tokens per second), as published on 2026-03-11: on another CPU, and
-with 25 times as many heads as ours."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,10 +222,14 @@ def picture(results: Mapping[str, Any]) -> Figure:
     axes.plot(lengths, rates, color=color, marker="o", markersize=4)
     if mine:
       name = f"{cache} cache, {results['transformer']['heads']} heads"
-      _name(axes, name, lengths[0], rates[0], color, "left")
-  for name, length, rate in PEERS:
-    axes.plot([length], [rate], color=theme.muted, marker="D", markersize=4, linestyle="none")
-    _name(axes, name, length, rate, theme.muted, "center")
+      axes.annotate(
+        name,
+        (lengths[0], rates[0]),
+        xytext=(0, 7),
+        textcoords="offset points",
+        color=color,
+        fontsize=9,
+      )
   axes.set_xscale("log")
   axes.set_yscale("log")
   axes.margins(x=0.08, y=0.16)
@@ -245,13 +243,6 @@ def picture(results: Mapping[str, Any]) -> Figure:
     axes.spines[side].set_visible(False)
   axes.tick_params(colors=theme.muted, length=0)
   return figure
-
-
-def _name(axes: Any, text: str, x: float, y: float, color: str, align: str) -> None:
-  """What a point is, or the line that begins there, written above it."""
-  axes.annotate(
-    text, (x, y), xytext=(0, 7), textcoords="offset points", ha=align, color=color, fontsize=9
-  )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
