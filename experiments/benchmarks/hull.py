@@ -296,6 +296,8 @@ def draw(results: Mapping[str, Any]) -> bytes:
     panel.set_yscale("log")
     panel.set_title(title, loc="left", color=picture.INK, fontsize=11)
     panel.set_xlabel(across, color=picture.MUTED)
+    low, high = np.log10(panel.get_ylim())
+    panel.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades, which have labels
     panel.yaxis.set_major_formatter(picture.seconds)
     panel.legend(frameon=False, fontsize=7, labelcolor=picture.INK)
     picture.quiet(panel)
