@@ -34,7 +34,6 @@ from jaxtyping import Array, Float, Int
 
 from attention import native, plane
 
-TIES = ("average", "latest")
 _DEPTH = 33
 _WIDTH = 5  # numbers in a node
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -99,8 +98,7 @@ def init_state(
   """
   if head_dim != 2:
     raise ValueError(f"a hull is for heads of width 2, got head_dim={head_dim}")
-  if ties not in TIES:
-    raise ValueError(f"ties must be 'average' or 'latest', got {ties!r}")
+  plane.check_ties(ties)
   if num_heads % num_kv_heads:
     raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
   if jnp.dtype(dtype) != jnp.float32:

@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Int, UInt
 
 from attention import native, plane
 
-TIES = ("average", "latest")
 _KEY, _ENTRY, _LEFT, _RIGHT, _BELOW, _BELOW_ENTRY, _ABOVE, _ABOVE_ENTRY = range(8)
 _WIDTH = 8  # numbers in a node
 
@@ -78,8 +77,7 @@ def init_state(
 
   Raises: ValueError: unknown ties, heads that do not divide, or more than int32 can number.
   """
-  if ties not in TIES:
-    raise ValueError(f"ties must be 'average' or 'latest', got {ties!r}")
+  plane.check_ties(ties)
   if num_heads % num_kv_heads:
     raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
   heads, width = batch * num_kv_heads, value_dim + 1

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
+from attention.dispatch import suggest
+
+TIES = ("average", "latest")
+"""Of several best keys: the mean of their values, or the last one's."""
 _UNROLLED = 8
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -30,6 +34,12 @@ class Direction(NamedTuple):
   """x / y: of two keys, the one with the greater x gains as the slope grows."""
   axis: Bool[Array, "*T"]
   """Whether y is 0, so that no hull is needed; (1, 0) stands here instead."""
+
+
+def check_ties(ties: str) -> None:
+  """ValueError unless it is one of `TIES`."""
+  if ties not in TIES:
+    raise ValueError(f"ties={ties!r} is unknown; {suggest(ties, TIES)}")
 
 
 def score(query: tuple[Array, ...], key: tuple[Array, ...]) -> Array:

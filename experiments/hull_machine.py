@@ -1,7 +1,7 @@
 """A transformer that is a computer, and how fast it runs: a hull's cache against a dense one.
 
     python -m experiments.hull_machine
-    python -m experiments.hull_machine --program=add --size=20 --caches=hull --lengths=500,1000
+    python -m experiments.hull_machine --program=add --size=50 --caches=hull --lengths=500,1000
 
 Its weights are written, not learned (see `experiments.machine.transformer`): two layers with heads
 of width 2 that look at one place. The prompt is a program for a machine with one instruction, and
@@ -83,7 +83,8 @@ def prepare(options: Options) -> Run:
     raise UserError(f"--lengths are numbers with commas, not {options.lengths!r}") from error
   task = programs.make(options.program, options.size)
   tokens = trace(task.program.image, options.steps)
-  return Run(task, caches, tuple(n for n in lengths if n <= len(tokens)), tokens)
+  fitting = tuple(n for n in lengths if n <= len(tokens))
+  return Run(task, caches, fitting or (len(tokens),), tokens)
 
 
 def trace(image: tuple[int, ...], steps: int) -> np.ndarray:

@@ -39,14 +39,13 @@ from attention import (
   masks,
   plane,
   retrieved,
+  shapes,
 )
-from attention.dispatch import Implementation, choose, suggest
+from attention.dispatch import Implementation, choose
 from attention.kv_cache import Cache as State
 from attention.kv_cache import append, make_cache
 from attention.masks import Mask
 from attention.types import Cost, Key, MaskArray, Output, Query, Value
-
-TIES = ("average", "latest")
 
 CROSSOVER = 2**12
 """From this length on `bulk` runs, in less than half of the time of `tiled` on two CPU cores
@@ -413,43 +412,15 @@ def describe(
   implementations read.
   """
   del options
-  query, key, value = _batched(query, key, value)
-  if ties not in TIES:
-    raise ValueError(f"ties={ties!r} is unknown; {suggest(ties, TIES)}")
+  query, key, value = shapes.batched(query, key, value)
+  plane.check_ties(ties)
   if mask is None:
     return Call(query, key, value, masks.causal() if is_causal else masks.everything(), ties)
   if not isinstance(mask, Mask):
     (B, T, N, _), S = query.shape, key.shape[1]
-    axes = (1,) * (4 - mask.ndim) + mask.shape
-    if len(axes) != 4 or any(a not in (1, b) for a, b in zip(axes, (B, N, T, S), strict=True)):
-      raise ValueError(
-        f"mask must broadcast to [B, N, T, S] = {[B, N, T, S]}, not {list(mask.shape)}"
-      )
-    mask = masks.from_array(jnp.broadcast_to(mask, (*axes[:2], T, S)))
+    mask = shapes.broadcastable("mask", mask, (B, N, T, S))
+    mask = masks.from_array(jnp.broadcast_to(mask, (*mask.shape[:2], T, S)))
   return Call(query, key, value, mask & masks.causal() if is_causal else mask, ties)
-
-
-def _batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-  """The three with a batch axis, checked against each other."""
-  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-  if not query.ndim == key.ndim == value.ndim or query.ndim not in (3, 4):
-    raise ValueError(
-      f"query, key and value must all be [B, T, N, H] or all [T, N, H], not {shapes}"
-    )
-  if query.dtype != key.dtype or key.dtype != value.dtype:
-    dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
-    raise ValueError(f"query, key and value must have one dtype, not {dtypes}")
-  if not jnp.issubdtype(query.dtype, jnp.floating):
-    raise ValueError(f"query, key and value must be floating, not {query.dtype}")
-  if query.ndim == 3:
-    query, key, value = query[None], key[None], value[None]
-  if key.shape[:3] != value.shape[:3]:
-    raise ValueError(f"key and value must agree in batch, length and heads: {shapes}")
-  if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-    raise ValueError(f"query and key must agree in batch and head width: {shapes}")
-  if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-    raise ValueError(f"key heads must divide query heads: N={query.shape[2]}, K={key.shape[2]}")
-  return query, key, value
 
 
 # As a Variant: hard, or with `top_k` the softmax that trains; and one token after another.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention import cudnn, flash, masks, scores, tiled
+from attention import cudnn, flash, masks, scores, shapes, tiled
 from attention.dispatch import Implementation, choose
 from attention.dropout import Dropout, kept_array
 from attention.masks import Mask
@@ -287,7 +287,7 @@ def describe(
   """Checks the arguments of `dot_product_attention` and puts them into the one form that
   implementations read.
   """
-  query, key, value = _batched(query, key, value)
+  query, key, value = shapes.batched(query, key, value)
   (B, T, N, H), S = query.shape, key.shape[1]
   if logit_cap is not None and not logit_cap > 0:
     raise ValueError(f"logit_cap must be greater than 0, not {logit_cap}")
@@ -305,7 +305,7 @@ def describe(
     whole = (
       mask
       if isinstance(mask, Mask)
-      else masks.from_array(_broadcastable("mask", mask, (B, N, T, S)))
+      else masks.from_array(shapes.broadcastable("mask", mask, (B, N, T, S)))
     )
   if is_causal:
     whole = whole & masks.causal()
@@ -315,46 +315,13 @@ def describe(
   if query_seq_lengths is not None or key_value_seq_lengths is not None:
     whole = whole & masks.lengths(query_seq_lengths, key_value_seq_lengths)
   if bias is not None:
-    bias = _broadcastable("bias", bias, (B, N, T, S))
+    bias = shapes.broadcastable("bias", bias, (B, N, T, S))
   scale = H**-0.5 if scale is None else scale
   modifiers = Modifiers(bias, alibi_slopes)
   dropout = dropout if dropout and dropout.rate else None
   return Call(
     query, key, value, whole, modifiers, sinks, scale, logit_cap, dropout, return_residual
   )
-
-
-def _batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-  """The three with a batch axis, checked against each other."""
-  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-  if not query.ndim == key.ndim == value.ndim or query.ndim not in (3, 4):
-    raise ValueError(
-      f"query, key and value must all be [B, T, N, H] or all [T, N, H], not {shapes}"
-    )
-  if (
-    query.dtype != key.dtype
-    or key.dtype != value.dtype
-    or not jnp.issubdtype(query.dtype, jnp.floating)
-  ):
-    dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
-    raise ValueError(f"query, key and value must have one floating dtype, not {dtypes}")
-  if query.ndim == 3:
-    query, key, value = query[None], key[None], value[None]
-  if key.shape[:3] != value.shape[:3]:
-    raise ValueError(f"key and value must agree in batch, length and heads: {shapes}")
-  if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-    raise ValueError(f"query and key must agree in batch and head width: {shapes}")
-  if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-    raise ValueError(f"key heads must divide query heads: N={query.shape[2]}, K={key.shape[2]}")
-  return query, key, value
-
-
-def _broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Array:
-  """`x` with four axes, each of the size in `shape` or 1."""
-  axes = (1,) * (4 - x.ndim) + x.shape
-  if len(axes) != 4 or any(size not in (1, full) for size, full in zip(axes, shape, strict=True)):
-    raise ValueError(f"{name} must broadcast to [B, N, T, S] = {list(shape)}, not {list(x.shape)}")
-  return x.reshape(axes)
 
 
 # As a Variant: causal or not, packed or not, with a window or a cap; and one token after another.

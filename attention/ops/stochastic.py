@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention import masks
+from attention import masks, shapes
 from attention.dispatch import Implementation, choose
 from attention.gumbel import gumbel
 from attention.kv_cache import Cache as State
@@ -276,13 +276,7 @@ def describe(
 ) -> Call:
   """Checks the arguments of `stochastic_attention` and returns the call as data."""
   del options
-  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-  if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3]:
-    raise ValueError(f"query must be [B, T, N, H], key and value [B, S, K, ...], not {shapes}")
-  if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-    raise ValueError(f"query and key must agree in batch and head width: {shapes}")
-  if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-    raise ValueError(f"key heads must divide query heads: N={query.shape[2]}, K={key.shape[2]}")
+  shapes.agree(query, key, value)
   if noise is not None and noise.shape != query.shape[:3]:
     raise ValueError(f"noise must be [B, T, N] = {list(query.shape[:3])}, not {list(noise.shape)}")
   if temperature is not None and not temperature > 0:

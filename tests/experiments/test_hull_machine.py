@@ -219,6 +219,11 @@ def test_the_command_shows_compares_and_draws(tmp_path, monkeypatch, capsys):
   assert "are the interpreter's; it halted, and its answer is right: 0" in printed
 
 
+def test_a_trace_shorter_than_every_length_is_measured_at_its_end():
+  run = hull_machine.prepare(hull_machine.Options(program="add", size=20))
+  assert run.lengths == (len(run.tokens),) and len(run.tokens) < 1000
+
+
 def test_a_wrong_token_is_found_and_shown():
   run = hull_machine.prepare(hull_machine.Options(program="sort", size=3))
   bad = run.tokens.copy()

@@ -1,0 +1,47 @@
+"""What calls of softmax and hard-max attention must fit, checked before anything is computed."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def agree(query: Array, key: Array, value: Array) -> None:
+  """ValueError unless `B T N H`, `B S K H` and `B S K h` fit each other."""
+  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+  if not query.ndim == key.ndim == value.ndim == 4:
+    raise ValueError(f"query, key and value must all have four axes: {shapes}")
+  if key.shape[:3] != value.shape[:3]:
+    raise ValueError(f"key and value must agree in batch, length and heads: {shapes}")
+  if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    raise ValueError(f"query and key must agree in batch and head width: {shapes}")
+  if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+    raise ValueError(f"key heads must divide query heads: N={query.shape[2]}, K={key.shape[2]}")
+
+
+def batched(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+  """The three with a batch axis, checked against each other."""
+  shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+  if not query.ndim == key.ndim == value.ndim or query.ndim not in (3, 4):
+    raise ValueError(
+      f"query, key and value must all be [B, T, N, H] or all [T, N, H], not {shapes}"
+    )
+  if (
+    query.dtype != key.dtype
+    or key.dtype != value.dtype
+    or not jnp.issubdtype(query.dtype, jnp.floating)
+  ):
+    dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
+    raise ValueError(f"query, key and value must have one floating dtype, not {dtypes}")
+  if query.ndim == 3:
+    query, key, value = query[None], key[None], value[None]
+  agree(query, key, value)
+  return query, key, value
+
+
+def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Array:
+  """`x` with four axes, each of the size in `shape` or 1."""
+  axes = (1,) * (4 - x.ndim) + x.shape
+  if len(axes) != 4 or any(size not in (1, full) for size, full in zip(axes, shape, strict=True)):
+    raise ValueError(f"{name} must broadcast to [B, N, T, S] = {list(shape)}, not {list(x.shape)}")
+  return x.reshape(axes)
