@@ -79,11 +79,9 @@ def results(arrays, ids, cut, stateful, **options):
 @pytest.mark.parametrize(
   ("kind", "options"),
   [
-    ("none", {"feature_map": "elu_plus_one", "normalize": True}),
     ("head", {"reverse": True}),
-    ("token", {"documents": True, "normalize": True}),
     ("channel", {"documents": True, "reverse": True}),
-    ("none", {"bidirectional": True}),
+    ("none", {"bidirectional": True, "feature_map": "elu_plus_one", "normalize": True}),
     ("token", {"bidirectional": True, "documents": True, "normalize": True}),
   ],
 )

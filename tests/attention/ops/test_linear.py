@@ -136,13 +136,15 @@ def test_the_reference_is_the_recurrence_of_the_papers(kind, normalize):
     kit.assert_close("z", end.z, z)
 
 
-@pytest.mark.parametrize("kind", DECAYS)
-@pytest.mark.parametrize("T", [1, 7, 63, 200])
+@pytest.mark.parametrize(
+  ("kind", "T"),
+  [*((kind, 63) for kind in DECAYS), ("token", 1), ("channel", 7), ("none", 200), ("channel", 200)],
+)
 def test_output_state_and_every_gradient_equal_the_recurrence(kind, T):
   check((*tokens(T), decay(kind, T), some_state()))
 
 
-@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("kind", ["token", "channel"])
 def test_normalized_with_a_feature_map_in_documents(kind):
   check(
     (*tokens(90), decay(kind, 90), some_state()),
@@ -175,7 +177,7 @@ def test_a_decay_of_minus_infinity_is_a_reset():
   assert np.isfinite(np.asarray(gradient)).all()
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 2, 4), (2, 4, 4), (4, 2, 1), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1, 4), (4, 2, 1), (2, 3, 6)], ids=str)
 def test_queries_keys_and_values_may_each_be_shared(heads):
   """Heads of q, k and v that divide N equal the heads repeated by hand, in every form."""
   T, widths = 21, (H, H, h)
@@ -251,7 +253,7 @@ def test_a_row_whose_weights_are_zero_gives_zero_with_zero_gradient():
   )
 
 
-@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("kind", ["head", "channel"])
 def test_packed_documents_equal_the_documents_alone(kind):
   bounds = [0, 5, 6, 41, 77]  # a document of one token, and one over three chunks
   q, k, v = tokens(77)
@@ -267,7 +269,7 @@ def test_packed_documents_equal_the_documents_alone(kind):
   kit.assert_close("kv", end.kv, last.kv)
 
 
-@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("kind", ["none", "channel"])
 def test_two_halves_through_the_state_equal_the_whole(kind):
   q, k, v = (jnp.abs(x) for x in tokens(61))
   g = decay(kind, 61)
@@ -281,7 +283,7 @@ def test_two_halves_through_the_state_equal_the_whole(kind):
   kit.assert_trees_close(last, end)
 
 
-@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize("kind", ["token", "channel"])
 def test_reverse_is_forward_on_flipped_tokens(kind):
   q, k, v = tokens(45)
   g, ids = decay(kind, 45), documents(45)
@@ -324,8 +326,9 @@ def dense_both_ways(q, k, v, g, ids, normalize):
   return out
 
 
-@pytest.mark.parametrize("kind", DECAYS)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+  ("kind", "packed"), [("none", False), ("head", True), ("token", True), ("channel", False)]
+)
 def test_bidirectional_equals_the_dense_formula(kind, packed):
   q, k, v = (jnp.abs(x) for x in tokens(29))
   g = decay(kind, 29)
