@@ -264,5 +264,5 @@ def forward(
       jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
     ),
     scratch=scratch,
-  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan)))
+  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan, load_positions=bool(extras.k_info))))
   return out[:, :T, :, :width], lse[..., :T]

@@ -91,6 +91,11 @@ class Reads(NamedTuple):
   in registers, one per column, which the accumulators of wide heads need.
   """
 
+  @property
+  def more_than_positions(self) -> bool:
+    """Whether the rule reads arrays along the keys: so many registers more where it is asked."""
+    return bool(self.k_info or self.dense)
+
 
 def reads(
   extras: Extras,

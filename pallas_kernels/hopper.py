@@ -270,11 +270,15 @@ def add_products(*sums: tuple[Array, Array, Any], on_chip: bool) -> tuple[Any, .
   return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in sums)))
 
 
-def two_products(a_smem, b_smem, c_smem, d_smem, *, first, then, on_chip: bool):
-  """then(first(a b^T), c d^T), the second product behind `first`."""
-  if not on_chip:
-    x = first(product(a_smem, b_smem, on_chip=False))
-    return then(x, product(c_smem, d_smem, on_chip=False))
+def two_products(
+  a_smem, b_smem, c_smem, d_smem, *, first, then, apart: bool = False, on_chip: bool
+):
+  """then(first(a b^T), c d^T), the second product behind `first`; `apart`, after it: the sums of
+  the second then take no registers while `first` runs.
+  """
+  if apart or not on_chip:
+    x = first(product(a_smem, b_smem, on_chip=on_chip))
+    return then(x, product(c_smem, d_smem, on_chip=on_chip))
 
   def run(ab_ref, cd_ref):
     plgpu.wgmma(ab_ref, a_smem, b_smem.T)
