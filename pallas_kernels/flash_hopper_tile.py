@@ -92,9 +92,11 @@ class Reads(NamedTuple):
   """
 
   @property
-  def more_than_positions(self) -> bool:
-    """Whether the rule reads arrays along the keys: so many registers more where it is asked."""
-    return bool(self.k_info or self.dense)
+  def crowd(self) -> bool:
+    """Whether a mixed tile needs registers for more than its scores and the positions: arrays that
+    the rule reads along the columns, or dropout's bits.
+    """
+    return bool(self.k_info or self.dense or self.seeds is not None)
 
 
 def reads(
