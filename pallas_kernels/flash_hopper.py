@@ -245,6 +245,7 @@ def forward(
   H, h = q.shape[-1], v.shape[-1]
   plan = _plan(q.dtype, H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
+  loads = extras.bias is not None or bool(extras.k_info)
   scratch = _Scratch(
     q_smem=matrix(ROWS, H, q.dtype)(workers),
     q_here=plgpu.Barrier(num_barriers=workers),
@@ -264,5 +265,5 @@ def forward(
       jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
     ),
     scratch=scratch,
-  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan, load_positions=bool(extras.k_info))))
+  )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan, load_positions=loads)))
   return out[:, :T, :, :width], lse[..., :T]

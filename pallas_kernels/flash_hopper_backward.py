@@ -13,8 +13,8 @@ With the keys as rows, P^T and dS^T are operands in registers; so is dS in the f
 products for the five of a kernel that adds dQ up by atomics: the price of the same bits. dP begins
 with -delta, which then needs no registers of its own. The two computers take no turns: while one
 does elementwise work the other's products run. In flash_d_query dP runs behind the P of its own
-step, too, but for mixed blocks whose rule reads arrays, or with dropout: dP's registers hold what
-these need first.
+step, too, but for mixed blocks with a bias, dropout or arrays that the rule reads: what these need
+lies in dP's registers first.
 
 flash_dk_dv needs (H + h) / 2 registers per thread for its sums. Beyond H + h = 256 it runs twice,
 as flash_dk (three products) and flash_dv (two). flash_d_bias, only where there is a bias: a tile of

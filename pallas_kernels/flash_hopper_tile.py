@@ -93,10 +93,10 @@ class Reads(NamedTuple):
 
   @property
   def crowd(self) -> bool:
-    """Whether a mixed tile needs registers for more than its scores and the positions: arrays that
-    the rule reads along the columns, or dropout's bits.
+    """Whether a mixed tile needs registers for more than its scores and the positions: for a bias,
+    arrays that the rule reads, dropout's bits.
     """
-    return bool(self.k_info or self.dense or self.seeds is not None)
+    return bool(self.bias or self.k_info or self.dense or self.seeds is not None)
 
 
 def reads(
