@@ -377,10 +377,10 @@ def test_an_error_is_shortened_and_names_no_folder():
   assert worker.shortened("") == "no message"
 
 
-def compiled(chip, program, kind):
+def compiled(chip, program, kind, shape="7b_4k"):
   """A real row, or a skip that says what is not installed."""
   kit.needs_compiler(chip)
-  return worker.run(worker.Job(chip, program, kind, "7b_4k", 0), 300)
+  return worker.run(worker.Job(chip, program, kind, shape, 0), 300)
 
 
 # Bundles of the whole kernel that libtpu 0.0.50 made of jax's kernels when they were first looked
@@ -414,6 +414,14 @@ def test_real_hopper_rows():
   assert kernel["matrix_instructions"] and kernel["setmaxnreg"] and not kernel["spill_stores"]
   refused = compiled("h200", "jax-mgpu", BACKWARD)
   assert refused["error"].startswith("NotImplementedError: Causal attention not supported")
+
+
+def test_packed_documents_of_a_7b_model_spill_nothing():
+  """What the rule reads of the keys finds registers beside the sums, in all three kernels."""
+  row = compiled("h200", "ours-hopper", BACKWARD, "packed_8k")
+  assert row["ok"], row["error"]
+  spilled = {k["name"]: k["spill_stores"] + k["spill_loads"] for k in row["kernels"]}
+  assert len(spilled) == 3 and not any(spilled.values()), spilled
 
 
 # One of each shape of program; all thirty take a minute.
