@@ -48,6 +48,27 @@ def test_lowers_for_the_chip(problem):
   )
 
 
+def test_the_state_is_updated_in_place():
+  """A scan of steps has no copy of the state in its turns, where XLA keeps the carry in one place;
+  without the alias it has one a token.
+  """
+  kit.needs_compiler("h200")
+  problem = Problem(T=1, B=1, M=64, h=64, decay="token", dtype="bfloat16")
+  q, k, v, g, state = _one(problem)[1]
+
+  def decode(kv, *tokens):
+    def token(kv, x):
+      out, state = linear_hopper.step(*x, State(kv, None), problem.settings)
+      return state.kv, out
+
+    return jax.lax.scan(token, kv, tokens)
+
+  tokens = [jnp.stack([x] * 3) for x in (q, k, v, g)]
+  program = aot.compile_for(aot.CHIPS["h200"], decode, state.kv, *tokens).as_text()
+  (turn,) = (part for part in program.split("\n\n") if "mosaic_gpu" in part)
+  assert "f32[1,2,64,64]" in turn and " copy(" not in turn
+
+
 def test_a_state_that_is_forgotten_leaves_nothing():
   """Whatever was there, to the bit."""
   _, (q, k, v, g, state) = _one(PROBLEMS[1])
