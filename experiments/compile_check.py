@@ -102,6 +102,7 @@ def plan(options: Options) -> Plan:
     for chip, shape, kind, name in itertools.product(chips, shapes, passes, names)
     if not {chip, name} & set(absent) and PROGRAMS[name].platform == aot.CHIPS[chip].platform
     if PROGRAMS[name].mechanism == SHAPES[shape].mechanism
+    if PROGRAMS[name].widest >= SHAPES[shape].H
     for setting in range(len(PROGRAMS[name].settings.get(kind, ())))
   ]
   if not jobs and not absent:

@@ -83,10 +83,13 @@ def slice_width(width: int) -> int:
   return 64 if width % 64 == 0 else 32
 
 
-def matrix(rows: int, width: int, dtype: Any) -> Callable[[int], Any]:
-  """How many matrices there are -> the shared memory that bulk copies write and wgmma reads."""
-  columns = slice_width(width)
-  transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+def matrix(rows: int, width: int, dtype: Any, most: int = 64) -> Callable[[int], Any]:
+  """How many matrices there are -> the shared memory that bulk copies write and wgmma reads, which
+  wants the swizzled tiles of both operands equally wide: `most` columns at most.
+  """
+  size = jnp.dtype(dtype).itemsize
+  columns = min(slice_width(width), most, 128 // size)
+  transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(size * columns))
   return lambda count: plgpu.SMEM((count, rows, width), dtype, transforms=transforms)
 
 

@@ -16,6 +16,10 @@ and their gradients in bfloat16, 4 M h / 64 bytes per token and head. A walk is 
 per head and 64 or 128 columns of its state; where those are fewer than the chip's multiprocessors,
 `parts` asks for time cut into several walks, and XLA makes the states that enter them.
 
+float32 is three bfloat16 and every product six (`hopper_parts`): XLA cuts q, k, v and dO, states
+and their gradients are written in parts, results are float32. Three parts of a chunk of wider keys
+and queries than 128, and of their state, do not fit shared memory, so those are refused.
+
 Floor: bytes. At M = h = 128, per token, head and channel, floor and what is moved, and the times of
 both at 4.8 TB/s for B=1, T=8192, N=96:
 
@@ -23,6 +27,8 @@ both at 4.8 TB/s for B=1, T=8192, N=96:
     token, backward    14 and 38          0.29 and 0.80
     channel, forward   12 and 26          0.25 and 0.55
     channel, backward  22 and 82          0.46 and 1.72
+    float32, token, forward    16 and  52 bytes    0.34 and 1.09 ms
+    float32, token, backward   28 and 148          0.59 and 3.10
 
 ptxas at the shapes of fla's registry: no product is serialized. At M = h = 128 `linear_unfade`
 spills 76 to 104 bytes, `linear_gradients` 0 to 4, the others nothing; 240 registers compute and 24
@@ -39,14 +45,19 @@ import jax.numpy as jnp
 
 from pallas_kernels import (
   hopper,
+  hopper_parts,
   linear_hopper_channel,
   linear_hopper_chunk,
   linear_hopper_step,
   linear_tiles,
 )
+from pallas_kernels.hopper_parts import Parts
 from pallas_kernels.linear import Array, Normalized, Settings, State
 from pallas_kernels.linear_hopper_walk import COLUMNS, EXTRA, READ, SCALE, WRITE, Inputs, walk
 from pallas_kernels.linear_tiles import CHUNK, chunked
+
+WIDEST_FLOAT32 = 128
+"""Of q and k: three parts of a chunk of wider ones, and of the state, do not fit shared memory."""
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200."""
@@ -55,8 +66,10 @@ MULTIPROCESSORS = 132
 def unsupported(q, k, v, g, settings: Settings) -> str | None:
   """Why these kernels refuse a call, or None."""
   del g, settings
-  if q.dtype != jnp.bfloat16 or k.dtype != q.dtype or v.dtype != q.dtype:
-    return f"it multiplies bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}"
+  if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
+    return f"it multiplies bfloat16 or float32, not {q.dtype}, {k.dtype}, {v.dtype}"
+  if q.dtype == jnp.float32 and q.shape[-1] > WIDEST_FLOAT32:
+    return f"width of q and k {q.shape[-1]} is more than {WIDEST_FLOAT32} in float32"
   for name, x in (("width of q and k", q), ("width of v", v)):
     if x.shape[-1] > hopper.MAX_WIDTH:
       return f"{name} {x.shape[-1]} is more than {hopper.MAX_WIDTH}"
@@ -91,20 +104,20 @@ def _whole(x: Array) -> Array:
 class _Call(NamedTuple):
   """A call whose widths are whole tiles, and what its decays add up to."""
 
-  q: Array
-  k: Array
-  v: Array
+  q: Parts
+  k: Parts
+  v: Parts
   kv: Array
   z: Array | None
   numbers: Array
   fade: Array
-  pairs: Array | None
+  pairs: Parts | None
 
 
 def _token_call(q, k, v, g, state: State) -> _Call:
   B, T, N = q.shape[0], q.shape[1], state.kv.shape[1]
-  q, k, v = map(_whole, (q, k, v))
-  M = q.shape[-1]
+  q, k, v = (hopper_parts.cut(_whole(x)) for x in (q, k, v))
+  M = q[0].shape[-1]
   sums = linear_tiles.sums(linear_tiles.per_token(g, B, T, N))
   numbers = jnp.stack([*sums[:4], *[jnp.zeros_like(sums.hi)] * 2], 3)
   fade = jnp.broadcast_to(sums.fade[..., None], (*sums.fade.shape, M))
@@ -137,8 +150,8 @@ def _call(q, k, v, g, state: State, scale: Array | float, on_chip: bool) -> _Cal
 
 def _normalizers(call: _Call) -> tuple[Array, Array]:
   """(z that enters every chunk `B N C M`, z that leaves the last)."""
-  k = _heads(chunked(call.k[:, : call.q.shape[1]], 1), call.numbers.shape[1])
-  add = jnp.einsum("bcjnm,bncj->bncm", k.astype(jnp.float32), call.numbers[:, :, :, WRITE],
+  k = _heads(chunked(hopper_parts.whole(call.k), 1), call.numbers.shape[1])
+  add = jnp.einsum("bcjnm,bncj->bncm", k, call.numbers[:, :, :, WRITE],
                    precision="highest")  # fmt: skip
   assert call.z is not None
   return linear_tiles.walk(call.fade, add, call.z)
@@ -150,7 +163,7 @@ def _heads(x: Array, N: int) -> Array:
 
 def _read(call: _Call, z: Array) -> Array:
   """What z adds to every token's weight, `B N C CHUNK`."""
-  q = _heads(chunked(call.q, 1), call.numbers.shape[1]).astype(jnp.float32)
+  q = _heads(chunked(hopper_parts.whole(call.q), 1), call.numbers.shape[1])
   return jnp.einsum("bcinm,bncm->bnci", q, z, precision="highest") * call.numbers[:, :, :, READ]
 
 
@@ -203,15 +216,16 @@ def backward(
     z, _ = _normalizers(call)
     d_z, d_z_start = _d_normalizers(call, d_weight, _widen(d_state.z, (2,)))
     d_z_start = d_z_start[..., :M]
-  d_out = _whole(d_out.astype(v.dtype))
+  d_out_parts = hopper_parts.cut(_whole(d_out.astype(v.dtype)))
   one = functools.partial(walk, on_chip=on_chip)
   inputs = Inputs(None, call.k, call.v, numbers, call.fade, call.pairs, call.kv)
   states = one(inputs).states
   reads = numbers.at[:, :, :, READ].multiply(scale)
-  back = one(inputs._replace(k=call.q, v=d_out, numbers=reads, start=d_kv), reverse=True)
+  back = one(inputs._replace(k=call.q, v=d_out_parts, numbers=reads, start=d_kv), reverse=True)
+  assert states is not None and back.states is not None
   found = linear_hopper_chunk.gradients(
     linear_hopper_chunk.Inputs(
-      call.q, call.k, call.v, d_out, states, back.states, numbers, call.pairs, z, d_z
+      call.q, call.k, call.v, d_out_parts, states, back.states, numbers, call.pairs, z, d_z
     ),
     on_chip=on_chip,
   )
@@ -236,7 +250,7 @@ def backward(
 
 def _d_normalizers(call: _Call, d_weight: Array, d_z: Array) -> tuple[Array, Array]:
   """(the gradient of the z that leaves every chunk, of the z that enters the first)."""
-  q = _heads(chunked(call.q, 1), d_weight.shape[1]).astype(jnp.float32)
+  q = _heads(chunked(hopper_parts.whole(call.q), 1), d_weight.shape[1])
   read = d_weight * call.numbers[:, :, :, READ]
   add = jnp.einsum("bcinm,bnci->bncm", q, read, precision="highest")
   return linear_tiles.walk(call.fade, add, d_z, reverse=True)

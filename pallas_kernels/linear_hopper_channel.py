@@ -7,10 +7,11 @@ A chunk is halved and halved again. Where i lies in the right half of a block an
 what lies between is the sum up to i in i's half, and the rest of j's half after j: sums of numbers
 of one sign, no differences. So a level has one tile of exponents e = D g, D of zeros and ones, one
 tile X = exp(e) (q in right halves, k in left ones), and X X^T holds all of its pairs; six levels
-and the diagonal make P. D g is a matrix product: g comes as two bfloat16 (2^-17 of an exponent).
+and the diagonal make P. D g is a matrix product: g comes as two bfloat16 (2^-17 of an exponent), or
+three where q and k are float32, which are three themselves (`hopper_parts`).
 
 Backward, with Y = dP + dP^T below the diagonal and A = Y where the level's pairs are: dX = A X,
-dq = dk = exp(e) dX, and de = X dX goes to dg by D^T, again in two bfloat16. No term is ever
+dq = dk = exp(e) dX, and de = X dX goes to dg by D^T, again in as many bfloat16. No term is ever
 subtracted from another that holds it.
 
 One warpgroup per chunk and head, without a feeder; several blocks share a multiprocessor. The
@@ -26,8 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_parts
 from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, along, matrix, zeros
+from pallas_kernels.hopper_parts import Parts
 from pallas_kernels.linear_hopper_walk import head, positions
 from pallas_kernels.linear_tiles import CHUNK, LOG2_E, Array
 
@@ -63,10 +65,8 @@ def crossing(level: Array | int) -> Array:
 
 
 def split(x: Array, smem) -> None:
-  """A float32 tile as the sum of two in shared memory."""
-  hi = x.astype(jnp.bfloat16)
-  smem.at[0][...] = hi
-  smem.at[1][...] = (x - hi.astype(jnp.float32)).astype(jnp.bfloat16)
+  """A float32 tile as the sum of two or three in shared memory."""
+  hopper_parts.store(x, [smem.at[i] for i in range(smem.shape[0])])
   plgpu.commit_smem()
 
 
@@ -74,15 +74,10 @@ def weigh(d: Array, smem, step: Array, start: Array | None = None, *, on_chip: b
   """d x, of zeros and ones and what `split` left, added to `start`."""
   ones = jnp.where(d, 1.0, 0.0).astype(jnp.bfloat16)
   total = zeros(CHUNK, CHANNELS) if start is None else start
-  for i in range(2):
+  for i in range(smem.shape[0]):
     part_smem = smem.at[hopper.unhoisted(jnp.int32(i), step)]
     (total,) = hopper.add_products((total, ones, part_smem), on_chip=on_chip)
   return total
-
-
-def load(smem) -> Array:
-  """A tile as float32."""
-  return plgpu.load(smem, layout=TILE).astype(jnp.float32)
 
 
 def _right(level: Array | int) -> Array:
@@ -93,44 +88,46 @@ def _right(level: Array | int) -> Array:
 class Faded(NamedTuple):
   """The operands of a walk."""
 
-  q: Any
-  k: Any
+  q: Parts
+  k: Parts
   """`B T N M`."""
-  pairs: Any
+  pairs: Parts
   """P, `B N C CHUNK CHUNK`, its rows times `scale`."""
 
 
 class _FadeScratch(NamedTuple):
   """Shared memory of the forward kernel."""
 
-  q_smem: Any
-  k_smem: Any
+  q_smem: Parts
+  k_smem: Parts
   here: Any
   g_smem: Any
-  x_smem: Any
-  out_smem: Any
+  x_smem: Parts
+  out_smem: Parts
 
 
 def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *, scratch):
   b, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-  rows, parts = pl.ds(c * CHUNK, CHUNK), q.shape[3] // CHANNELS
-  for x, smem in ((q, scratch.q_smem), (k, scratch.k_smem)):
+  rows, parts, load = pl.ds(c * CHUNK, CHUNK), g.shape[3] // CHANNELS, hopper_parts.load
+  copied = zip((*q, *k), (*scratch.q_smem, *scratch.k_smem), strict=True)
+  for x, smem in copied:
     for m in range(parts):
       source = x.at[b, rows, head(x, n, g.shape[2]), pl.ds(m * CHANNELS, CHANNELS)]
       plgpu.copy_gmem_to_smem(source, smem.at[m], scratch.here)
   plgpu.barrier_wait(scratch.here)
-  multiply = functools.partial(hopper.product, on_chip=on_chip)
+  multiply = functools.partial(hopper_parts.product, on_chip=on_chip)
 
   def store(x, gmem):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_smem = scratch.out_smem.at[0]
-    out_smem[...] = x.astype(out_smem.dtype)
+    out_smem = hopper_parts.at(scratch.out_smem, 0)
+    hopper_parts.store(x, out_smem)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, gmem)
+    for one_smem, one_gmem in zip(out_smem, gmem, strict=True):
+      plgpu.copy_smem_to_gmem(one_smem, one_gmem)
 
   def part(m, pairs):
     columns = pl.ds(m * CHANNELS, CHANNELS)
-    q_smem, k_smem = scratch.q_smem.at[m], scratch.k_smem.at[m]
+    q_smem, k_smem = (hopper_parts.at(x, m) for x in (scratch.q_smem, scratch.k_smem))
     log = plgpu.load(g.at[b, rows, n, columns], layout=TILE, optimized=False) * LOG2_E
     split(log, scratch.g_smem)
     i, j = positions((CHUNK, CHUNK))
@@ -139,8 +136,8 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
     def one(level, pairs):
       decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
       x = decay * jnp.where(_right(level), load(q_smem), load(k_smem))
-      x_smem = scratch.x_smem.at[hopper.unhoisted(jnp.int32(0), level)]
-      x_smem[...] = x.astype(x_smem.dtype)
+      x_smem = hopper_parts.at(scratch.x_smem, hopper.unhoisted(jnp.int32(0), level))
+      hopper_parts.store(x, x_smem)
       plgpu.commit_smem()
       found = multiply(x_smem, x_smem)
       return pairs + jnp.where(crossing(level), jnp.where(j < i, found, 0.0), 0.0)
@@ -151,35 +148,35 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
       (between(LEVELS), k_smem, faded_k),
     ):
       decay = jnp.exp2(weigh(d, scratch.g_smem, m, on_chip=on_chip))
-      store(decay * load(smem), out.at[b, rows, n, columns])
+      store(decay * load(smem), hopper_parts.at(out, b, rows, n, columns))
     return pairs
 
   pairs = lax.fori_loop(0, parts, part, zeros(CHUNK, CHUNK))
   factor = plgpu.load(scale.at[b, n, c], layout=ROW, optimized=False)
-  store(pairs * along(factor, 0, pairs.shape), pairs_gmem.at[b, n, c])
+  store(pairs * along(factor, 0, pairs.shape), hopper_parts.at(pairs_gmem, b, n, c))
   plgpu.wait_smem_to_gmem(0)
 
 
-def fade(q: Array, k: Array, g: Array, scale: Array, *, on_chip: bool) -> Faded:
+def fade(q: Parts, k: Parts, g: Array, scale: Array, *, on_chip: bool) -> Faded:
   """The operands of a walk; g is `B T' N M` with T' whole chunks, scale `B N C CHUNK`."""
-  (B, T), N, M, dtype = q.shape[:2], g.shape[2], q.shape[3], q.dtype
+  (B, T), N, M, half, many = q[0].shape[:2], g.shape[2], q[0].shape[3], q[0].dtype, len(q)
   chunks = g.shape[1] // CHUNK
-  tile = matrix(CHUNK, CHANNELS, dtype)
-  like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
+  tile = matrix(CHUNK, CHANNELS, half)
+  array = lambda *shape: (jax.ShapeDtypeStruct(shape, half),) * many
   parts = M // CHANNELS
   return Faded(
     *hopper.launch_alone(
       "linear_fade",
       functools.partial(_fade_kernel, on_chip),
       {"chunk": chunks, "head": N, "batch": B},
-      (like, like, jax.ShapeDtypeStruct((B, N, chunks, CHUNK, CHUNK), dtype)),
+      (array(B, T, N, M), array(B, T, N, M), array(B, N, chunks, CHUNK, CHUNK)),
       _FadeScratch(
-        q_smem=tile(parts),
-        k_smem=tile(parts),
-        here=plgpu.Barrier(num_arrivals=2 * parts),
-        g_smem=tile(2),
-        x_smem=tile(1),
-        out_smem=tile(1),
+        q_smem=(tile(parts),) * many,
+        k_smem=(tile(parts),) * many,
+        here=plgpu.Barrier(num_arrivals=2 * parts * many),
+        g_smem=matrix(CHUNK, CHANNELS, jnp.bfloat16)(max(2, many)),
+        x_smem=(tile(1),) * many,
+        out_smem=(tile(1),) * many,
       ),
     )(q, k, g, scale)
   )
@@ -207,7 +204,7 @@ class _UnfadeScratch(NamedTuple):
   here: Any
   g_smem: Any
   d_smem: Any
-  x_smem: Any
+  x_smem: Parts
   out_smem: Any
 
 
@@ -225,6 +222,7 @@ def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, s
   split(log, scratch.g_smem)
   plgpu.barrier_wait(scratch.here)
   q_smem, k_smem, faded_q, faded_k, low, high = (scratch.tiles.at[i] for i in range(6))
+  load = lambda smem: hopper_parts.load((smem,))
   i, j = positions((CHUNK, CHUNK))
   once = lambda d, step, total: weigh(d, scratch.d_smem, step, total, on_chip=on_chip)
 
@@ -246,20 +244,20 @@ def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, s
     decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
     right = _right(level)
     x = decay * jnp.where(right, load(q_smem), load(k_smem))
-    x_smem = scratch.x_smem.at[hopper.unhoisted(jnp.int32(0), level)]
-    x_smem[...] = x.astype(x_smem.dtype)
+    x_smem = hopper_parts.at(scratch.x_smem, hopper.unhoisted(jnp.int32(0), level))
+    hopper_parts.store(x, x_smem)
     plgpu.commit_smem()
     d_pairs = jnp.where(crossing(level), load(low) + load(high), 0.0)
-    terms = zeros(CHUNK, CHANNELS), d_pairs.astype(x_smem.dtype), x_smem
-    (dx,) = hopper.add_products(terms, on_chip=on_chip)
-    split(load(x_smem) * dx, scratch.d_smem)
+    dx = hopper_parts.add(zeros(CHUNK, CHANNELS), d_pairs, x_smem, on_chip=on_chip)
+    split(hopper_parts.load(x_smem) * dx, scratch.d_smem)
     dx = decay * dx
     dg = once(between(level, transposed=True), level, dg)
     return dq + jnp.where(right, dx, 0.0), dk + jnp.where(right, 0.0, dx), dg
 
   dq, dk, dg = lax.fori_loop(0, LEVELS, one, (dq, dk, dg))
+  out_smem = scratch.x_smem[0].at[0] if len(scratch.x_smem) == 1 else scratch.out_smem
   for value, gmem in ((dq, dq_gmem), (dk, dk_gmem)):
-    hopper.store(value.astype(q_smem.dtype), scratch.x_smem.at[0], gmem.at[b, rows, n, columns])
+    hopper.store(value.astype(q_smem.dtype), out_smem, gmem.at[b, rows, n, columns])
   hopper.store(dg, scratch.out_smem, dg_gmem.at[b, rows, n, columns])
 
 
@@ -267,18 +265,18 @@ def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
   """(dq, dk, dg) `B T N M` of every head of the state, dg float32 and of whole chunks."""
   (B, T, N, M), dtype = given.d_faded_q.shape, given.q.dtype
   like = jax.ShapeDtypeStruct((B, T, N, M), dtype)
-  tile = matrix(CHUNK, CHANNELS, dtype)
+  many, tile = hopper_parts.count(dtype), matrix(CHUNK, CHANNELS, jnp.bfloat16)
   return hopper.launch_alone(
     "linear_unfade",
     functools.partial(_unfade_kernel, on_chip),
     {"part": M // CHANNELS, "chunk": given.g.shape[1] // CHUNK, "head": N, "batch": B},
     (like, like, jax.ShapeDtypeStruct(given.g.shape, jnp.float32)),
     _UnfadeScratch(
-      tiles=tile(6),
+      tiles=matrix(CHUNK, CHANNELS, dtype)(6),
       here=plgpu.Barrier(num_arrivals=6),
-      g_smem=tile(2),
-      d_smem=tile(2),
-      x_smem=tile(1),
+      g_smem=tile(max(2, many)),
+      d_smem=tile(max(2, many)),
+      x_smem=(tile(1),) * many,
       out_smem=plgpu.SMEM((ROWS, CHANNELS), jnp.float32),
     ),
   )(given)

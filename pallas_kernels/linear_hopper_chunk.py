@@ -19,6 +19,8 @@ of a chunk come by one ring, 64 columns of v, dO, S and dS by another. Sums over
 
 With decays per channel q and k come faded, P comes ready, and dP leaves for
 `linear_hopper_channel`, as do the gradients of the faded q and k.
+
+float32 comes and is multiplied as three bfloat16, 32 columns at a time; results are float32.
 """
 
 import functools
@@ -30,13 +32,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
-from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, Ring, along, matrix, row_of, zeros
-from pallas_kernels.linear_hopper_walk import EXTRA, READ, SCALE, WRITE, decay, head, positions
+from pallas_kernels import hopper, hopper_parts
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, Plan, Ring, along, matrix, row_of, zeros
+from pallas_kernels.hopper_parts import Parts
+from pallas_kernels.linear_hopper_walk import (
+  COLUMNS,
+  EXTRA,
+  READ,
+  SCALE,
+  WRITE,
+  columns,
+  decay,
+  head,
+  positions,
+)
 from pallas_kernels.linear_tiles import CHUNK, Array
-
-COLUMNS = 64
-"""Of v, dO and the states, that one step takes."""
 
 SPAN = 8
 """Chunks of a run."""
@@ -55,15 +65,15 @@ class Static(NamedTuple):
 class Inputs(NamedTuple):
   """What it reads."""
 
-  q: Any
-  k: Any
-  v: Any
-  d_out: Any
-  states: Any
-  d_states: Any
+  q: Parts
+  k: Parts
+  v: Parts
+  d_out: Parts
+  states: Parts
+  d_states: Parts
   """`B N C M h`: of the state that enters, of the gradient of the one that leaves."""
   numbers: Any
-  pairs: Any
+  pairs: Parts | None
   z: Any
   d_z: Any
   """`B N C M`, or None unless normalized."""
@@ -91,7 +101,7 @@ class Scratch(NamedTuple):
   slices: Ring
   out_smem: Any
   """A tile of each computing warpgroup."""
-  pairs_smem: Any
+  pairs_smem: Parts | None
   """P^T, or None: it came."""
 
 
@@ -103,7 +113,7 @@ class _Chunks:
     self.b, self.n, run, self.wg = (
       lax.axis_index(name) for name in ("batch", "head", "run", "warpgroup")
     )
-    self.first = run * SPAN
+    self.first, self.parts, self.width = run * SPAN, len(inputs.k), columns(len(inputs.k))
     self.count = jnp.minimum(static.chunks - self.first, SPAN)
 
   def feed(self) -> None:
@@ -114,19 +124,19 @@ class _Chunks:
       c = self.first + t
       here, rows = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK)
       of = lambda x: (self.b, rows, head(x, self.n, static.heads))
-      tokens = [inputs.q.at[of(inputs.q)], inputs.k.at[of(inputs.k)], inputs.numbers.at[here]]
-      if inputs.pairs is not None:
-        tokens.append(inputs.pairs.at[here])
+      at = hopper_parts.at
+      tokens = [*at(inputs.q, *of(inputs.q[0])), *at(inputs.k, *of(inputs.k[0]))]
+      tokens += [inputs.numbers.at[here], *at(inputs.pairs or (), *here)]
       scratch.tokens.fill(t, *tokens)
 
       def part(j, _):
-        columns = pl.ds(j * COLUMNS, COLUMNS)
+        some = pl.ds(j * self.width, self.width)
         scratch.slices.fill(
           t * static.slices + j,
-          inputs.v.at[(*of(inputs.v), columns)],
-          inputs.d_out.at[(*of(inputs.d_out), columns)],
-          inputs.states.at[(*here, slice(None), columns)],
-          inputs.d_states.at[(*here, slice(None), columns)],
+          *at(inputs.v, *of(inputs.v[0]), some),
+          *at(inputs.d_out, *of(inputs.d_out[0]), some),
+          *at(inputs.states, *here, slice(None), some),
+          *at(inputs.d_states, *here, slice(None), some),
         )
 
       lax.fori_loop(0, static.slices, part, None)
@@ -144,14 +154,24 @@ class _Chunks:
         lax.fori_loop(0, self.count, lambda t, _: chunk(t), None)
         plgpu.wait_smem_to_gmem(0)
 
+  def tokens(self, t) -> tuple[Parts, Parts, Any, Parts]:
+    """(q, k, numbers, P if it comes) of a chunk, when they are here."""
+    many, taken = self.parts, self.scratch.tokens.take(t)
+    return taken[:many], taken[many : 2 * many], taken[2 * many], taken[2 * many + 1 :]
+
+  def slices(self, step) -> tuple[Parts, ...]:
+    """(v, dO, S, dS) of a step, when they are here."""
+    many, taken = self.parts, self.scratch.slices.take(step)
+    return tuple(taken[i * many : (i + 1) * many] for i in range(4))
+
   def store(self, x: Array, gmem, wg: int) -> None:
-    """A tile goes out, 64 columns at a time, each when the one before has left."""
-    smem = self.scratch.out_smem.at[wg]
-    for first in range(0, x.shape[1], COLUMNS):
+    """A tile goes out, some columns at a time, each when the one before has left."""
+    smem, width = self.scratch.out_smem.at[wg], self.width
+    for first in range(0, x.shape[1], width):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      smem[...] = x[:, first : first + COLUMNS].astype(smem.dtype)
+      smem[...] = x[:, first : first + width].astype(smem.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(smem, gmem.at[:, pl.ds(first, COLUMNS)])
+      plgpu.copy_smem_to_gmem(smem, gmem.at[:, pl.ds(first, width)])
 
   def put(self, c, i: int, x: Array) -> None:
     """A row of the sums."""
@@ -161,31 +181,30 @@ class _Chunks:
     """The sums along the rows of a tile in shared memory times one in registers."""
     total = row_of(0.0)
     for first in range(0, x.shape[1], COLUMNS):
-      columns = pl.ds(first, COLUMNS)
-      part = plgpu.load(x_smem.at[:, columns], layout=TILE).astype(jnp.float32)
+      part = hopper_parts.load(hopper_parts.at(x_smem, slice(None), pl.ds(first, COLUMNS)))
       total = total + (part * x[:, first : first + COLUMNS]).sum(axis=1)
     return total
 
   def queries(self, t) -> None:
     """dQ and what is summed along the rows of dP."""
     inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
-    c, (q_smem, k_smem, numbers_smem, *pairs) = self.first + t, scratch.tokens.take(t)
-    here, M = (self.b, self.n, c), q_smem.shape[1]
+    c, (q_smem, k_smem, numbers_smem, pairs) = self.first + t, self.tokens(t)
+    here, M = (self.b, self.n, c), q_smem[0].shape[1]
     row = lambda i: plgpu.load(numbers_smem.at[i], layout=ROW)
     dq, dp = zeros(ROWS, M), zeros(CHUNK, CHUNK)
     fade = tuple(row_of(0.0) for _ in range(M // ROWS))
 
     def products(a_smem, b_smem):
-      load = lambda smem, i: plgpu.load(smem.at[pl.ds(i * ROWS, ROWS)], layout=TILE)
+      load = lambda smem, i: hopper_parts.load(hopper_parts.at(smem, pl.ds(i * ROWS, ROWS)))
       for i in range(M // ROWS):
-        yield load(a_smem, i).astype(jnp.float32) * load(b_smem, i).astype(jnp.float32)
+        yield load(a_smem, i) * load(b_smem, i)
 
     def part(j, carry):
       dq, dp, fade = carry
       step = t * static.slices + j
-      v_smem, d_smem, state_smem, d_state_smem = scratch.slices.take(step)
-      dq = hopper.product(d_smem, state_smem, dq, on_chip=on_chip)
-      dp = hopper.product(d_smem, v_smem, dp, on_chip=on_chip)
+      v_smem, d_smem, state_smem, d_state_smem = self.slices(step)
+      dq = hopper_parts.product(d_smem, state_smem, dq, on_chip=on_chip)
+      dp = hopper_parts.product(d_smem, v_smem, dp, on_chip=on_chip)
       fade = tuple(
         x + one.sum(axis=1) for x, one in zip(fade, products(state_smem, d_state_smem), strict=True)
       )
@@ -213,9 +232,9 @@ class _Chunks:
     dq = dq * along(row(READ), 0, dq.shape)
     self.put(c, 1, self.dot(q_smem, dq))
     dp = dp * decay(numbers_smem, keys_first=False)
-    scores = hopper.product(q_smem, k_smem, on_chip=on_chip)
+    scores = hopper_parts.product(q_smem, k_smem, on_chip=on_chip)
     self.put(c, 0, jnp.where(j < i, scores * dp, 0.0).sum(axis=1))
-    (dq,) = hopper.add_products((dq, dp.astype(k_smem.dtype), k_smem), on_chip=on_chip)
+    dq = hopper_parts.add(dq, dp, k_smem, on_chip=on_chip)
     scratch.tokens.give(t)
     self.store(dq, dq_gmem, 0)
 
@@ -224,29 +243,29 @@ class _Chunks:
     scratch, static, on_chip = self.scratch, self.static, self.static.on_chip
     dk, dp = carry
     step = t * static.slices + j
-    still = lambda buffer, slot: buffer.at[hopper.unhoisted(slot, step)]
-    _, k_buffer, _, *pairs = scratch.tokens.buffers
+    still = lambda buffers, slot: hopper_parts.at(buffers, hopper.unhoisted(slot, step))
+    k_buffer = scratch.tokens.buffers[self.parts : 2 * self.parts]
     slot = scratch.tokens.slot(t)
-    v_smem, d_smem, _, d_state_smem = scratch.slices.take(step)
-    dk = hopper.product(v_smem, d_state_smem, dk, on_chip=on_chip)
-    dp = hopper.product(v_smem, d_smem, dp, on_chip=on_chip)
-    dv = hopper.multiply(still(k_buffer, slot), d_state_smem, on_chip=on_chip)
+    v_smem, d_smem, _, d_state_smem = self.slices(step)
+    dk = hopper_parts.product(v_smem, d_state_smem, dk, on_chip=on_chip)
+    dp = hopper_parts.product(v_smem, d_smem, dp, on_chip=on_chip)
+    dv = hopper_parts.multiply(still(k_buffer, slot), d_state_smem, on_chip=on_chip)
     if given:
-      pairs_smem = still(pairs[0], slot)
+      pairs_smem = still(scratch.tokens.buffers[2 * self.parts + 1 :], slot)
     else:
       dv, pairs_smem = dv * write(dv.shape), still(scratch.pairs_smem, jnp.int32(0))
-    dv = hopper.multiply(pairs_smem, d_smem, dv, a_t=given, on_chip=on_chip)
+    dv = hopper_parts.multiply(pairs_smem, d_smem, dv, a_t=given, on_chip=on_chip)
     scratch.slices.give(step)
-    columns = pl.ds(j * COLUMNS, COLUMNS)
-    self.store(dv, self.outputs.dv.at[self.b, rows, self.n, columns], 1)
+    some = pl.ds(j * self.width, self.width)
+    self.store(dv, self.outputs.dv.at[self.b, rows, self.n, some], 1)
     return dk, dp
 
   def keys(self, t) -> None:
     """dK, dV and what is summed along the columns of dP."""
     inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
-    c, (q_smem, k_smem, numbers_smem, *pairs) = self.first + t, scratch.tokens.take(t)
-    here, rows, M = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK), q_smem.shape[1]
-    shape, dtype = (CHUNK, CHUNK), k_smem.dtype
+    c, (q_smem, k_smem, numbers_smem, pairs) = self.first + t, self.tokens(t)
+    here, rows, M = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK), q_smem[0].shape[1]
+    shape = (CHUNK, CHUNK)
     write = lambda shape: along(plgpu.load(numbers_smem.at[WRITE], layout=ROW), 0, shape)
     load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
     column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
@@ -254,10 +273,10 @@ class _Chunks:
     dk, dp = zeros(ROWS, M), zeros(*shape)
     if inputs.d_z is not None:
       dk = along(load(inputs.d_z.at[here]), 1, dk.shape)
-    if not pairs:
-      weights = hopper.product(k_smem, q_smem, on_chip=on_chip)
+    if scratch.pairs_smem is not None:
+      weights = hopper_parts.product(k_smem, q_smem, on_chip=on_chip)
       weights = weights * decay(numbers_smem, keys_first=True) * column(SCALE)
-      scratch.pairs_smem.at[0][...] = weights.astype(dtype)
+      hopper_parts.store(weights, hopper_parts.at(scratch.pairs_smem, 0))
       plgpu.commit_smem()
 
     part = functools.partial(self.values, t, rows, write, bool(pairs))
@@ -276,9 +295,9 @@ class _Chunks:
     dk = dk * write(dk.shape)
     self.put(c, 3, self.dot(k_smem, dk))
     dp = dp * decay(numbers_smem, keys_first=True)
-    scores = hopper.product(k_smem, q_smem, on_chip=on_chip)
+    scores = hopper_parts.product(k_smem, q_smem, on_chip=on_chip)
     self.put(c, 2, jnp.where(j > i, scores * dp, 0.0).sum(axis=1))
-    (dk,) = hopper.add_products((dk, dp.astype(dtype), q_smem), on_chip=on_chip)
+    dk = hopper_parts.add(dk, dp, q_smem, on_chip=on_chip)
     scratch.tokens.give(t)
     self.store(dk, dk_gmem, 1)
 
@@ -291,29 +310,31 @@ def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch):
 
 def gradients(inputs: Inputs, *, on_chip: bool) -> Outputs:
   """Of every chunk. dq, dk and dv are `B T N width`, of every head of the state."""
-  B, N, chunks, M, h = inputs.states.shape
-  T, dtype = inputs.v.shape[1], inputs.v.dtype
+  B, N, chunks, M, h = inputs.states[0].shape
+  T, dtype, half = inputs.v[0].shape[1], hopper_parts.dtype(inputs.v), inputs.v[0].dtype
+  parts, width = len(inputs.v), columns(len(inputs.v))
   shape = jax.ShapeDtypeStruct
   types = [shape((B, T, N, width), dtype) for width in (M, M, h)]
   types += [shape((B, N, chunks, 4, CHUNK), jnp.float32), shape((B, N, chunks, M), jnp.float32)]
   if inputs.pairs is not None:
     types += [shape((B, N, chunks, CHUNK, CHUNK), dtype)] * 2
-  plan = Plan(warpgroups=2, others=CHUNK, stages=(2, 2) if M <= 128 else (1, 1))
-  tokens = [matrix(CHUNK, M, dtype)] * 2
+  stages = (2, 2) if M <= 128 and parts == 1 else (1, 1)
+  plan = Plan(warpgroups=2, others=CHUNK, stages=stages)
+  tokens = [matrix(CHUNK, M, half, width)] * 2 * parts
   tokens.append(lambda count: plgpu.SMEM((count, *inputs.numbers.shape[3:]), jnp.float32))
-  tokens += [] if inputs.pairs is None else [matrix(CHUNK, CHUNK, dtype)]
-  slices = [matrix(CHUNK, COLUMNS, dtype)] * 2 + [matrix(M, COLUMNS, dtype)] * 2
+  tokens += [] if inputs.pairs is None else [matrix(CHUNK, CHUNK, half, width)] * parts
+  slices = [matrix(CHUNK, width, half)] * 2 * parts + [matrix(M, width, half)] * 2 * parts
   results = hopper.launch(
     "linear_gradients",
-    functools.partial(_kernel, Static(plan, chunks, N, h // COLUMNS, on_chip)),
+    functools.partial(_kernel, Static(plan, chunks, N, h // width, on_chip)),
     plan,
     grid={"run": -(-chunks // SPAN), "head": N, "batch": B},
     out_type=tuple(types),
     scratch=Scratch(
       Ring.of(2, plan.stages[0], *tokens),
       Ring.of(2, plan.stages[1], *slices),
-      matrix(ROWS, COLUMNS, dtype)(2),
-      matrix(CHUNK, CHUNK, dtype)(1) if inputs.pairs is None else None,
+      matrix(ROWS, width, dtype)(2),
+      (matrix(CHUNK, CHUNK, half, width)(1),) * parts if inputs.pairs is None else None,
     ),
   )(inputs)
   return Outputs(*results, *(None,) * (len(Outputs._fields) - len(results)))

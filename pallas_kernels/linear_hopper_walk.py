@@ -10,6 +10,8 @@ the state goes to shared memory before every chunk, `write V` takes the place of
 in registers. Computers do not wait for each other; each makes its own P, for tensor cores are idle
 most of the time: the pass is bound by bytes.
 
+float32 comes and is multiplied as three bfloat16 (`hopper_parts`), 32 columns a warpgroup.
+
 The same walk without outputs writes the states that enter every chunk, and backward in time, with
 q, the output's gradient and `read` for k, v and `write`, the gradients of those that leave them.
 
@@ -26,12 +28,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_parts
 from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, Plan, Ring, along, matrices, matrix
+from pallas_kernels.hopper_parts import Parts
 from pallas_kernels.linear_tiles import CHUNK, Array
 
 COLUMNS = 64
-"""Of the state, that a warpgroup has."""
+"""Of the state, that a warpgroup has, or two of float32."""
+
+
+def columns(parts: int) -> int:
+  """Of the state, or of v, that a warpgroup works on at once."""
+  return COLUMNS // 2 if parts > 1 else COLUMNS
+
 
 HI, LO, READ, WRITE, EXTRA, SCALE = range(6)
 """The rows of the numbers of a chunk, `B N C 6 CHUNK`. EXTRA is, of a normalized output, what the
@@ -55,13 +64,13 @@ class Static(NamedTuple):
 class Inputs(NamedTuple):
   """What it reads. Without q there is no output, and the states of every chunk are written."""
 
-  q: Any
-  k: Any
-  v: Any
+  q: Parts | None
+  k: Parts
+  v: Parts
   numbers: Any
   fade: Any
   """`B N C M`."""
-  pairs: Any
+  pairs: Parts | None
   """P of decays per channel, `B N C CHUNK CHUNK`, or None."""
   start: Any
   """`B N M h`, float32."""
@@ -73,7 +82,7 @@ class Outputs(NamedTuple):
   out: Any
   weight: Any
   """`B N C CHUNK`."""
-  states: Any
+  states: Parts | None
   """`B N C M h`, before every chunk."""
   last: Any
 
@@ -82,7 +91,7 @@ class Scratch(NamedTuple):
   """What lies in shared memory."""
 
   ring: Ring
-  state_smem: Any
+  state_smem: Parts
   out_smem: Any
 
 
@@ -121,7 +130,8 @@ class _Walk:
 
   def columns(self, i):
     """Those of a warpgroup."""
-    return pl.ds((self.part * self.static.plan.warpgroups + i) * COLUMNS, COLUMNS)
+    width = columns(len(self.inputs.k))
+    return pl.ds((self.part * self.static.plan.warpgroups + i) * width, width)
 
   def chunk(self, step):
     """The chunk of a step."""
@@ -135,16 +145,13 @@ class _Walk:
       c = self.chunk(t)
       rows, here = pl.ds(c * CHUNK, CHUNK), (self.b, self.n, c)
       of = lambda x: x.at[self.b, rows, head(x, self.n, heads)]
-      v_head = head(inputs.v, self.n, heads)
-      values = tuple(
-        inputs.v.at[self.b, rows, v_head, self.columns(i)]
-        for i in range(self.static.plan.warpgroups)
-      )
-      sources = [of(inputs.k), values, inputs.numbers.at[here], inputs.fade.at[here]]
+      v_head, computers = head(inputs.v[0], self.n, heads), range(self.static.plan.warpgroups)
+      values = [
+        tuple(x.at[self.b, rows, v_head, self.columns(i)] for i in computers) for x in inputs.v
+      ]
+      sources = [*map(of, inputs.k), *values, inputs.numbers.at[here], inputs.fade.at[here]]
       if inputs.q is not None:
-        sources.append(of(inputs.q))
-        if inputs.pairs is not None:
-          sources.append(inputs.pairs.at[here])
+        sources += [*map(of, inputs.q), *hopper_parts.at(inputs.pairs or (), *here)]
       ring.fill(t, *sources)
 
     lax.fori_loop(0, self.static.chunks, step, None)
@@ -163,44 +170,46 @@ class _Walk:
     """One more chunk."""
     inputs, outputs, static, c = self.inputs, self.outputs, self.static, self.chunk(t)
     wg = hopper.unhoisted(self.wg, t)
-    state_smem = self.scratch.state_smem.at[wg]
+    state_smem = hopper_parts.at(self.scratch.state_smem, wg)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    state_smem[...] = state.astype(state_smem.dtype)
+    hopper_parts.store(state, state_smem)
     plgpu.commit_smem()
     if outputs.states is not None:
-      states_gmem = outputs.states.at[self.b, self.n, c, :, self.columns(self.wg)]
-      plgpu.copy_smem_to_gmem(state_smem, states_gmem)
-    k_smem, v_smem, numbers_smem, fade_smem, *reads = self.scratch.ring.take(t)
-    v_smem = v_smem.at[self.wg]
+      here = (self.b, self.n, c, slice(None), self.columns(self.wg))
+      for part_smem, states_gmem in zip(state_smem, outputs.states, strict=True):
+        plgpu.copy_smem_to_gmem(part_smem, states_gmem.at[here])
+    many, taken = len(inputs.k), self.scratch.ring.take(t)
+    k_smem, v_smem = taken[:many], hopper_parts.at(taken[many : 2 * many], self.wg)
+    numbers_smem, fade_smem, *reads = taken[2 * many :]
     if reads:
       self.output(c, wg, reads, k_smem, v_smem, numbers_smem, state_smem)
     if inputs.pairs is None or static.reverse:
-      v = plgpu.load(v_smem, layout=TILE, optimized=True).astype(jnp.float32)
+      v = hopper_parts.load(v_smem)
       row = plgpu.load(numbers_smem.at[READ if static.reverse else WRITE], layout=ROW)
-      v_smem[...] = (v * along(row, 0, v.shape)).astype(v_smem.dtype)
+      hopper_parts.store(v * along(row, 0, v.shape), v_smem)
       plgpu.commit_smem()
     fade = along(plgpu.load(fade_smem, layout=ROW), 0, state.shape)
-    state = hopper.multiply(k_smem, v_smem, state * fade, a_t=True, on_chip=static.on_chip)
+    state = hopper_parts.multiply(k_smem, v_smem, state * fade, a_t=True, on_chip=static.on_chip)
     self.scratch.ring.give(t)
     return state
 
   def output(self, c, wg, reads, k_smem, v_smem, numbers_smem, state_smem) -> None:
     """What a chunk's queries read."""
-    static, on_chip, (q_smem, *pairs) = self.static, self.static.on_chip, reads
+    static, on_chip, many = self.static, self.static.on_chip, len(k_smem)
+    q_smem, pairs = reads[:many], reads[many:]
     if pairs:
-      weights = plgpu.load(pairs[0], layout=TILE)
+      weights = hopper_parts.load(pairs)
     else:
-      weights = hopper.product(q_smem, k_smem, on_chip=on_chip)
+      weights = hopper_parts.product(q_smem, k_smem, on_chip=on_chip)
       weights = weights * decay(numbers_smem, keys_first=False)
     weight = None
     if static.normalize:
-      weight = weights.astype(jnp.float32).sum(axis=1)
+      weight = weights.sum(axis=1)
       weight = weight + plgpu.load(numbers_smem.at[EXTRA], layout=ROW)
-    weights = weights.astype(v_smem.dtype)
-    out = hopper.multiply(q_smem, state_smem, on_chip=on_chip)
+    out = hopper_parts.multiply(q_smem, state_smem, on_chip=on_chip)
     if not pairs:
       out = out * along(plgpu.load(numbers_smem.at[READ], layout=ROW), 0, out.shape)
-    (out,) = hopper.add_products((out, weights, v_smem), on_chip=on_chip)
+    out = hopper_parts.add(out, weights, v_smem, on_chip=on_chip)
     if weight is not None:
       inverse = jnp.where(weight == 0.0, 0.0, 1.0 / weight)
       out = out * along(inverse, 0, out.shape)
@@ -227,10 +236,12 @@ def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch, wants: tupl
   hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
 
 
-def plan(M: int, h: int, states: int) -> Plan:
+def plan(M: int, h: int, states: int, parts: int = 1) -> Plan:
   """Two computers where that leaves a block for most of the 132 multiprocessors and wide keys leave
-  room for two entries in the ring.
+  room for two entries in the ring; always of float32, which leaves room for one entry.
   """
+  if parts > 1:
+    return Plan(warpgroups=2, others=CHUNK, stages=(1, 0))
   two = h % (2 * COLUMNS) == 0 and M <= 128 and states * (h // (2 * COLUMNS)) >= 96
   return Plan(warpgroups=2 if two else 1, others=CHUNK, stages=(2, 0))
 
@@ -246,37 +257,37 @@ def walk(
   """The outputs of the walk over every chunk."""
   q, k, v, numbers, fade, pairs, start = inputs
   B, N, M, h = start.shape
-  chunks, T, dtype = fade.shape[2], v.shape[1], v.dtype
-  one = plan(M, h, B * N)
-  workers = one.warpgroups
+  chunks, T, dtype, parts = fade.shape[2], v[0].shape[1], hopper_parts.dtype(v), len(v)
+  one, width = plan(M, h, B * N, parts), columns(parts)
+  workers, half = one.warpgroups, v[0].dtype
   shape = jax.ShapeDtypeStruct
   outputs = Outputs(
     None if q is None else shape((B, T, N, h), dtype),
     shape((B, N, chunks, CHUNK), jnp.float32) if normalize else None,
-    shape((B, N, chunks, M, h), dtype) if q is None else None,
+    (shape((B, N, chunks, M, h), half),) * parts if q is None else None,
     shape((B, N, M, h), jnp.float32),
   )
   buffers = [
-    matrix(CHUNK, M, dtype),
-    matrices(workers, CHUNK, COLUMNS, dtype),
+    *[matrix(CHUNK, M, half, width)] * parts,
+    *[matrices(workers, CHUNK, width, half)] * parts,
     lambda count: plgpu.SMEM((count, *numbers.shape[3:]), jnp.float32),
     hopper.numbers(M),
   ]
   if q is not None:
-    buffers.append(matrix(CHUNK, M, dtype))
-    buffers += [] if pairs is None else [matrix(CHUNK, CHUNK, dtype)]
+    buffers += [matrix(CHUNK, M, half, width)] * parts
+    buffers += [] if pairs is None else [matrix(CHUNK, CHUNK, half)] * parts
   static = Static(one, chunks, reverse, N, scale, normalize, on_chip)
   wants = tuple(x is not None for x in outputs)
   results = hopper.launch(
     "linear_states" if q is None else "linear_forward",
     functools.partial(_kernel, static, wants=wants),
     one,
-    grid={"part": h // (workers * COLUMNS), "head": N, "batch": B},
+    grid={"part": h // (workers * width), "head": N, "batch": B},
     out_type=tuple(x for x in outputs if x is not None),
     scratch=Scratch(
       Ring.of(workers, one.stages[0], *buffers),
-      matrix(M, COLUMNS, dtype)(workers),
-      None if q is None else matrix(ROWS, COLUMNS, dtype)(workers),
+      (matrix(M, width, half)(workers),) * parts,
+      None if q is None else matrix(ROWS, width, dtype)(workers),
     ),
   )(inputs)
   results = iter(results)

@@ -20,10 +20,10 @@ XLA makes of their decays around the kernel takes it minutes.
 
 
 def build(implementation: str, shape: LinearCase, kind: str, settings: Any) -> Built:
-  """One pass by "hopper", "tpu" or "chunked"."""
-  del settings
+  """One pass by "hopper", "tpu" or "chunked", of the setting's "dtype" or of bfloat16."""
   short = implementation == "tpu" and kind != STEP
   q, g = _arrays(shape, min(shape.T, TOKENS) if short else shape.T)
+  q = q.update(dtype=jnp.dtype(settings.get("dtype", q.dtype)))
   works = _works(shape, kind) if implementation == "tpu" else ()
   whole, scale = implementation == "chunked", shape.H**-0.5
   if kind == STEP:

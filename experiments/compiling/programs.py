@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from experiments.compiling import linear, ours
 from experiments.compiling.shapes import BACKWARD, FORWARD, STEP, Shape, trips
 from experiments.compiling.work import Built, Work
+from pallas_kernels import linear_hopper
 
 Settings = Mapping[str, Any]
 
@@ -35,6 +36,8 @@ class Program:
   ours: bool = False
   module: str = ""
   """What has to be importable, if it may be absent."""
+  widest: int = 256
+  """Of the heads that it takes."""
 
   @property
   def absent(self) -> str | None:
@@ -219,6 +222,11 @@ PROGRAMS: Final[Mapping[str, Program]] = {
   "linear-hopper": Program(
     platform="cuda", build=functools.partial(linear.build, "hopper"), settings=_EACH,
     mechanism="linear", ours=True,
+  ),
+  "linear-hopper-float32": Program(
+    platform="cuda", build=functools.partial(linear.build, "hopper"), mechanism="linear", ours=True,
+    settings={kind: ({"dtype": "float32"},) for kind in _EACH},
+    widest=linear_hopper.WIDEST_FLOAT32,
   ),
   "linear-tpu": Program(
     platform="tpu", build=functools.partial(linear.build, "tpu"), settings=_EACH,

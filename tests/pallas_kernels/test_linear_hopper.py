@@ -2,6 +2,8 @@
 detector that fails on a race, against the recurrence in float64: every result and every gradient.
 """
 
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,12 @@ PROBLEMS = {
   ),
   "channel, documents": _problem(
     T=130, Nq=1, K=1, Kv=1, M=100, decay="channel", document=50, harsh=True, scale=0.3
+  ),
+  "token, normalized, harsh, float32": _problem(
+    T=70, Nq=1, K=1, Kv=1, normalize=True, harsh=True, dtype="float32"
+  ),
+  "channel, harsh, wide, float32": _problem(
+    T=66, Nq=1, K=1, Kv=1, M=100, h=70, decay="channel", harsh=True, scale=0.3, dtype="float32"
   ),
 }  # fmt: skip
 
@@ -87,13 +95,17 @@ def test_a_weight_of_zero_gives_zeros_and_no_nan():
 
 
 def test_refusals_name_the_values():
-  x = lambda width, dtype: jax.ShapeDtypeStruct((1, 8, 1, width), dtype)
+  x = lambda width, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 8, 1, width), dtype)
   refuse = lambda q, k, v: linear_hopper.unsupported(q, k, v, None, Settings(1.0, False))
-  narrow, wide, single = x(64, jnp.bfloat16), x(300, jnp.bfloat16), x(64, jnp.float32)
+  narrow, wide, half = x(64), x(300), x(64, jnp.float16)
+  single = functools.partial(x, dtype=jnp.float32)
   assert refuse(narrow, narrow, narrow) is None
   assert refuse(wide, wide, narrow) == "width of q and k 300 is more than 256"
   assert refuse(narrow, narrow, wide) == "width of v 300 is more than 256"
-  assert "float32" in refuse(single, single, single)
+  assert "not float16" in refuse(half, half, half)
+  assert refuse(single(128), single(128), single(256)) is None
+  assert "bfloat16, float32" in refuse(narrow, narrow, single(64))
+  assert refuse(single(129), single(129), single(64)).endswith("129 is more than 128 in float32")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

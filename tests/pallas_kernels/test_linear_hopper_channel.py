@@ -22,15 +22,16 @@ def test_faded_operands(harsh):
                   jax.random.choice(next(make), choices, g.shape), g)  # fmt: skip
   scale = jax.random.uniform(next(make), (1, 1, 2, CHUNK))
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    found = linear_hopper_channel.fade(q, k, g, scale, on_chip=False)
+    found = linear_hopper_channel.fade((q,), (k,), g, scale, on_chip=False)
+  (faded_q,), (faded_k,), (pairs_found,) = found
   q, k, g = (np.asarray(x[0, :CHUNK, 0], np.float64) for x in (q, k, g))
   total = np.cumsum(g, 0)
-  kit.assert_close("q", found.q[0, :CHUNK, 0], q * np.exp(total), "bfloat16")
-  kit.assert_close("k", found.k[0, :CHUNK, 0], k * np.exp(total[-1] - total), "bfloat16")
+  kit.assert_close("q", faded_q[0, :CHUNK, 0], q * np.exp(total), "bfloat16")
+  kit.assert_close("k", faded_k[0, :CHUNK, 0], k * np.exp(total[-1] - total), "bfloat16")
   pairs = np.zeros((CHUNK, CHUNK))
   for i in range(CHUNK):
     for j in range(i + 1):
       pairs[i, j] = (q[i] * k[j] * np.exp(g[j + 1 : i + 1].sum(0))).sum()
   kit.assert_close(
-    "pairs", found.pairs[0, 0, 0], np.asarray(scale)[0, 0, 0][:, None] * pairs, "bfloat16"
+    "pairs", pairs_found[0, 0, 0], np.asarray(scale)[0, 0, 0][:, None] * pairs, "bfloat16"
   )

@@ -13,11 +13,12 @@ from pallas_kernels.linear_tiles import CHUNK
 
 
 @pytest.mark.parametrize(
-  "M, h, states, computers",
-  [(128, 128, 96, 2), (128, 128, 32, 1), (128, 64, 96, 1), (256, 256, 256, 1)],
-)
-def test_two_computers_only_where_blocks_remain_for_the_chip(M, h, states, computers):
-  assert linear_hopper_walk.plan(M, h, states).warpgroups == computers
+  "M, h, states, parts, computers",
+  [(128, 128, 96, 1, 2), (128, 128, 32, 1, 1), (128, 64, 96, 1, 1), (256, 256, 256, 1, 1),
+   (64, 64, 1, 3, 2)],
+)  # fmt: skip
+def test_two_computers_only_where_blocks_remain_for_the_chip(M, h, states, parts, computers):
+  assert linear_hopper_walk.plan(M, h, states, parts).warpgroups == computers
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -34,11 +35,11 @@ def test_states_before_every_chunk(reverse):
   fade, start = jnp.broadcast_to(sums.fade[..., None], (1, 1, C, 64)), normal(1, 1, 64, 64)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     found = linear_hopper_walk.walk(
-      Inputs(None, k, v, numbers, fade, None, start), reverse=reverse, on_chip=False
+      Inputs(None, (k,), (v,), numbers, fade, None, start), reverse=reverse, on_chip=False
     )
   state, total = np.asarray(start[0, 0], np.float64), np.cumsum(np.asarray(g[0, 0], np.float64), 1)
   for c in reversed(range(C)) if reverse else range(C):
-    kit.assert_close(f"before {c}", found.states[0, 0, c], state, "bfloat16")
+    kit.assert_close(f"before {c}", found.states[0][0, 0, c], state, "bfloat16")
     weight = np.exp2(total[c] if reverse else total[c, -1] - total[c])[:, None]
     rows = slice(c * CHUNK, (c + 1) * CHUNK)
     k_c, v_c = (np.asarray(x[0, rows, 0], np.float64) for x in (k, v))
