@@ -132,7 +132,8 @@ def test_programs_meet_the_shapes_of_their_mechanism(monkeypatch):
     assert PROGRAMS[job.program].mechanism == SHAPES[job.shape].mechanism
   linear_jobs = [job for job in asked.jobs if PROGRAMS[job.program].mechanism == "linear"]
   many = sum(shape.mechanism == "linear" for shape in SHAPES.values())
-  assert len(linear_jobs) == len(aot.CHIPS) * many * len((FORWARD, BACKWARD, STEP))
+  every_shape = [job for job in linear_jobs if job.program != FLOAT32]
+  assert len(every_shape) == len(aot.CHIPS) * many * len((FORWARD, BACKWARD, STEP))
   assert {job.kind for job in asked.jobs if job not in linear_jobs} == {FORWARD, BACKWARD}
 
 
