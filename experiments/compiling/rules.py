@@ -28,7 +28,7 @@ SPILLS: Final[Mapping[tuple[str, int], int]] = {
 SPILLS_FLOAT32: Final[Mapping[str, int]] = {
   "linear_fade": 400,
   "linear_forward": 1600,
-  "linear_gradients": 2400,
+  "linear_gradients": 5200,
   "linear_unfade": 2000,
 }
 # Predicted times that differ by less are one: how often the grid's own code runs is approximate.

@@ -240,7 +240,7 @@ def test_known_spills_may_stay_and_no_more():
 def test_float32_has_spills_of_its_own_and_heads_that_it_takes(monkeypatch):
   row = LINEAR_HOPPER | {"program": FLOAT32, "shape": "1x8k_96x128_token"}
   assert rules.broken([row]) == []
-  assert "spills 3380 bytes" in rules.broken([with_kernel(row, spill_loads=2412)])[0]
+  assert "spills 5968 bytes" in rules.broken([with_kernel(row, spill_loads=5000)])[0]
   monkeypatch.setattr(aot, "missing", lambda chip: None)
   asked = compile_check.plan(compile_check.Options(kernels=FLOAT32)).jobs
   assert {SHAPES[job.shape].H for job in asked} == {128}
