@@ -6,7 +6,7 @@ The first pass visits the tiles that the mask leaves and keeps these three. Wher
 winners, as with random keys, the output is one gather and the gradient of the values one scatter;
 elsewhere a second pass scores the tiles again and multiplies the ties, zeros and ones, into
 the values. Scores are those of `attention.plane`, rounded alike in every pass, so that both see the
-same ties.
+same ties. A chip's kernel (`pallas_kernels.hardmax`), which rounds so too, may make the first pass.
 """
 
 import functools
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
-from attention import loops, masks, plane, tiled
+from attention import kernels, loops, lowering, masks, plane, tiled
 from attention.masks import Mask
 from attention.types import Array
 
@@ -175,16 +176,58 @@ def _send(g: Array, winners: Winners, S: int) -> Array:
   return jax.vmap(jax.vmap(add))(g, last)
 
 
+class _Static(NamedTuple):
+  """What is known before anything runs."""
+
+  ties: str
+  chip: str | None
+  """Whose kernel finds the winners, or None."""
+
+
+_kernel = functools.partial(kernels.module, "hardmax")
+
+
+def unsupported(chip: str, call: Any) -> str | None:
+  """Why a chip's kernel cannot run a call of `hardmax_attention`, or None."""
+  (T, H), S = (call.query.shape[i] for i in (1, 3)), call.key.shape[1]
+  if reason := kernels.unsupported(chip, call[:3]):
+    return reason
+  if call.query.dtype == jnp.float64:
+    return "it computes in float32, and the query is float64"
+  if not call.mask.is_static:
+    return f"its masks are of positions alone, not of arrays as in {type(call.mask).__name__}"
+  return _kernel(chip).unsupported(T, S, H)
+
+
+def _winners_on(chip: str, q: Array, k: Array, mask: Mask) -> Winners:
+  """By its kernel."""
+  T, S, kernel = q.shape[3], k.shape[2], _kernel(chip)
+  if S % kernel.BLOCK[1]:
+    mask = mask & masks.prefix(S)
+  by_query, _ = lowering.visits(mask, T, S, *kernel.BLOCK)
+  rule = lowering.Rule(jax.tree.structure(mask))
+
+  @sequential_vmap
+  def run(q, k):
+    heads = q.reshape(q.shape[0], -1, *q.shape[3:])
+    return kernel.winners(heads.swapaxes(2, 3), k.swapaxes(2, 3), rule, by_query)
+
+  return Winners(*(x.reshape(q.shape[:4]) for x in run(q, k)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ties, q, k, v, mask):
-  return _forward(ties, q, k, v, mask)[0]
+def _attend(static, q, k, v, mask):
+  return _forward(static, q, k, v, mask)[0]
 
 
-def _forward(ties, q, k, v, mask):
+def _forward(static, q, k, v, mask):
   tiles = _tiles(q, k, mask)
-  winners = _winners(tiles, q.shape[3])
+  if static.chip is None:
+    winners = _winners(tiles, q.shape[3])
+  else:
+    winners = _winners_on(static.chip, q, k, mask)
   read = functools.partial(_read, v, winners)
-  if ties == "latest":
+  if static.ties == "latest":
     out = read()
   else:
     count = jnp.maximum(winners.count, 1)[..., None].astype(v.dtype)
@@ -193,13 +236,13 @@ def _forward(ties, q, k, v, mask):
   return (out, winners), (q, k, mask, winners)
 
 
-def _backward(ties, saved, cotangents):
+def _backward(static, saved, cotangents):
   q, k, mask, winners = saved
   S, g = k.shape[2], cotangents[0]
-  if ties == "average":
+  if static.ties == "average":
     g = g / jnp.maximum(winners.count, 1)[..., None].astype(g.dtype)
   send = functools.partial(_send, g, winners, S)
-  if ties == "latest":
+  if static.ties == "latest":
     dv = send()
   else:
     tiles = _tiles(q, k, mask)
@@ -211,14 +254,16 @@ def _backward(ties, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Mask, *, ties: str) -> tuple[Array, Winners]:
+def attend(
+  q: Array, k: Array, v: Array, mask: Mask, *, ties: str, chip: str | None = None
+) -> tuple[Array, Winners]:
   """The output `B T N h` and the winners `B T N` of q `B T N H`, k `B S K H`, v `B S K h`,
-  all float32 or all float64.
+  all float32 or all float64; the winners by `chip`'s kernel, which must not be `unsupported`.
   """
   B, T, N, H = q.shape
   K = k.shape[2]
   q, k, v = loops.together((q, k, v))
   grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  out, winners = _attend(ties, grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  out, winners = _attend(_Static(ties, chip), grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
   out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
   return out, jax.tree.map(lambda x: x.transpose(0, 3, 1, 2).reshape(B, T, N), winners)

@@ -1,13 +1,15 @@
 """What a hard-max kernel finds, on any chip, and the arithmetic that they share.
 
 `hardmax_hopper.py` and `hardmax_tpu.py` have a `BLOCK`, (block_q, block_k) in which visits are to
-be counted, and
+be counted, and the same two functions:
 
-    winners(q, k, rule, by_query) -> Winners
+    unsupported(T, S, H) -> str | None
+    winners(q, k, rule, by_query) -> Winners, `B N T`
 
-of q `B N H T` and k `B K H S`, float32, H at most `MAX_WIDTH`. `rule(q_idx, k_idx)` says which
-pairs of a mixed block are allowed, elementwise; only those are asked, so it must forbid keys from S
-on wherever the last block of keys is not whole. `by_query` is `flash.Visits` of one row and head.
+of q `B N H T` and k `B K H S`, float32. `rule(q_idx, k_idx)` says which pairs of a mixed block are
+allowed, elementwise on tiles of one shape `q k`; only those are asked, so the visits must call a
+last block of keys that is not whole mixed, and the rule forbid what is beyond. `by_query` is
+`flash.Visits` of all rows and heads.
 """
 
 import functools
@@ -38,6 +40,11 @@ class Winners(NamedTuple):
     """No key where the score is -inf, which is what a forbidden pair has."""
     some = self.score > -jnp.inf
     return Winners(self.score, jnp.where(some, self.count, 0), jnp.where(some, self.last, -1))
+
+
+def too_wide(H: int) -> str | None:
+  """Why heads of this width are refused, or None."""
+  return f"head_dim {H} is more than {MAX_WIDTH}" if H > MAX_WIDTH else None
 
 
 def score(pairs: Iterable[tuple[Array, Array]]) -> Array:

@@ -34,6 +34,12 @@ BLOCK = (ROWS, 256)
 """In which visits are counted: several tiles, or their list would be long."""
 
 
+def unsupported(T: int, S: int, H: int) -> str | None:
+  """Why this kernel refuses a call, or None."""
+  del T, S
+  return hardmax.too_wide(H)
+
+
 class Inputs(NamedTuple):
   """What the kernel reads, whole tiles."""
 

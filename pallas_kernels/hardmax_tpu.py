@@ -14,6 +14,7 @@ four.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import flash_tpu_tiles, hardmax
 from pallas_kernels.flash import Visits
-from pallas_kernels.flash_tpu_tiles import LANES, Steps
+from pallas_kernels.flash_tpu_tiles import LANES, MAX_BLOCKS, MAX_STEPS, Steps, cdiv
 from pallas_kernels.hardmax import Array, Winners
 from pallas_kernels.linear_tiles import wide
 
@@ -34,6 +35,14 @@ BLOCK = (1024, 1024)
 
 ROWS = 32
 """Queries whose winners are in registers."""
+
+
+def unsupported(T: int, S: int, H: int) -> str | None:
+  """Why this kernel refuses a call, or None."""
+  blocks = [cdiv(length, size) for length, size in zip((T, S), BLOCK, strict=True)]
+  if max(blocks) > MAX_BLOCKS or math.prod(blocks) > MAX_STEPS:
+    return f"T={T} and S={S} are more blocks of scores than {MAX_STEPS}"
+  return hardmax.too_wide(H)
 
 
 class Call(NamedTuple):

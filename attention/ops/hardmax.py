@@ -16,12 +16,13 @@ The gradient is that of a function that is constant between jumps: none for q an
 receives what its readers do, ties sharing. `straight_through` lends q and k the gradient of the
 softmax over a few best keys; `top_k_attention` is that softmax, with its true gradient.
 
-O(T S (H + h)) time, O(T + S) memory for `tiled`; O(T log^2 T) time, O(T) memory for `bulk`, whose
+O(T S (H + h)) time, O(T + S) memory for `tiled` and for the kernels `hopper` and `tpu`; O(T log^2 T) time, O(T) memory for `bulk`, whose
 heads are of width 2. Where scores are exact `bulk` finds the same winners. Elsewhere, on a round
 hull, it may take a key whose score is less than the best by rounding, at most 2e-7 of its terms.
 Decoding keeps the keys and values.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
@@ -132,8 +133,9 @@ def hardmax_attention(
       softmax(score / temperature) over the `candidates` best keys; values get the hard one.
       None: queries and keys get none.
     candidates: how many keys compete in `straight_through`. Costs O(T S) time in any form.
-    implementation: "bulk" (width 2, causal or unmasked), "tiled" or "reference". None: the fastest
-      that runs this call (see `attention.explain`).
+    implementation: "hopper" or "tpu" (that chip's kernel; widths to 8, masks of positions), "bulk"
+      (width 2, causal or unmasked), "tiled" or "reference". None: the fastest that runs this call
+      (see `attention.explain`).
     return_residual: also return the `Winners`; they have no gradient.
 
   Returns:
@@ -353,8 +355,8 @@ def _reference(call: Call) -> tuple[Array, Winners]:
   return out, jax.tree.map(lambda x: x.swapaxes(1, 2), winners)
 
 
-def _tiled(call: Call) -> tuple[Array, Winners]:
-  out, winners = hardmax_tiled.attend(*_widened(call), call.mask, ties=call.ties)
+def _tiled(call: Call, chip: str | None = None) -> tuple[Array, Winners]:
+  out, winners = hardmax_tiled.attend(*_widened(call), call.mask, ties=call.ties, chip=chip)
   return out, Winners(winners.score.astype(jnp.float32), winners.count, winners.last)
 
 
@@ -391,7 +393,14 @@ def _empty(call: Call) -> str | None:
   return f"there is no tile: T={T}, S={S}" if min(T, S) == 0 else None
 
 
+def _by_kernel(chip: str) -> Implementation:
+  unsupported = lambda call: _empty(call) or hardmax_tiled.unsupported(chip, call)
+  return Implementation(functools.partial(_tiled, chip=chip), unsupported)
+
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+  "hopper": _by_kernel("hopper"),
+  "tpu": _by_kernel("tpu"),
   "bulk": Implementation(_bulk, _planar, automatic=_short),
   "tiled": Implementation(_tiled, _empty),
   "reference": Implementation(_reference, lambda call: None),

@@ -14,7 +14,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from experiments.compiling import linear, ours
+from experiments.compiling import hardmax, linear, ours
 from experiments.compiling.shapes import BACKWARD, FORWARD, STEP, Shape, trips
 from experiments.compiling.work import Built, Work
 from pallas_kernels import linear_hopper
@@ -235,5 +235,13 @@ PROGRAMS: Final[Mapping[str, Program]] = {
   "linear-xla": Program(
     platform="tpu", build=functools.partial(linear.build, "chunked"), settings=_EACH,
     mechanism="linear",
+  ),
+  "hardmax-hopper": Program(
+    platform="cuda", build=functools.partial(hardmax.build, "hopper"), settings={FORWARD: ({},)},
+    mechanism="hardmax", ours=True,
+  ),
+  "hardmax-tpu": Program(
+    platform="tpu", build=functools.partial(hardmax.build, "tpu"), settings={FORWARD: ({},)},
+    mechanism="hardmax", ours=True,
   ),
 }  # fmt: skip

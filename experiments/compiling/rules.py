@@ -61,7 +61,11 @@ def _wrong(row: Row, rows: Sequence[Row]) -> Iterable[str]:
     yield row["error"]
     return
   chip = aot.CHIPS[row["chip"]]
-  if row["kind"] != STEP and not any(k["matrix_instructions"] for k in row["kernels"]):
+  # Matrix instructions mark the code that a visit runs, so without them no time is predicted.
+  multiplies = SHAPES[row["shape"]].mechanism != "hardmax"
+  if not row["kernels"]:
+    yield "it has no kernel"
+  if multiplies and row["kind"] != STEP and not _has_matrix_instructions(row):
     yield "it has no matrix instruction"
   for kernel in row["kernels"]:
     memory = kernel["shared_memory" if chip.platform == "cuda" else "vmem"]
@@ -69,8 +73,12 @@ def _wrong(row: Row, rows: Sequence[Row]) -> Iterable[str]:
       yield f"{kernel['name']} takes {memory} bytes of {chip.fast_memory} of fast memory"
     if chip.platform == "cuda":
       yield from _wrong_on_hopper(kernel, row)
-  if chip.platform == "tpu":
+  if multiplies and chip.platform == "tpu":
     yield from _slower(row, rows)
+
+
+def _has_matrix_instructions(row: Row) -> bool:
+  return any(kernel["matrix_instructions"] for kernel in row["kernels"])
 
 
 def _wrong_on_hopper(kernel: Row, row: Row) -> Iterable[str]:

@@ -1,5 +1,5 @@
-"""Calls as data, bfloat16, and the work in them: of softmax attention (B=1, T=S, causal), and of
-linear attention at the shapes of fla's registry.
+"""Calls as data, and the work in them: of softmax attention (bfloat16, B=1, T=S, causal), of linear
+attention at the shapes of fla's registry, of hard-max attention (float32).
 """
 
 import dataclasses
@@ -36,6 +36,13 @@ class Shape:
   mechanism: ClassVar[str] = "flash"
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanarShape(Shape):
+  """A call of hard-max attention, whose scores no matrix unit multiplies."""
+
+  mechanism: ClassVar[str] = "hardmax"
+
+
 _SOFTMAX: Final[Mapping[str, Shape]] = {
   "7b_4k": Shape(what="a 7B model", T=4096, N=32, K=8, H=128, h=128),
   "7b_32k": Shape(what="a 7B model, long", T=32768, N=32, K=8, H=128, h=128),
@@ -55,7 +62,12 @@ _LINEAR: Final[Mapping[str, LinearCase]] = {
   for case in sorted(FLA, key=lambda case: case.decay, reverse=True)
 }
 
-SHAPES: Final[Mapping[str, Shape | LinearCase]] = {**_SOFTMAX, **_LINEAR}
+_HARD: Final[Mapping[str, Shape]] = {
+  "planar_16k": PlanarShape(what="heads of width 2", T=16384, N=8, K=8, H=2, h=64),
+  "nearest_1k": PlanarShape(what="lifted keys, grouped heads", T=1000, N=8, K=2, H=5, h=64),
+}
+
+SHAPES: Final[Mapping[str, Shape | LinearCase]] = {**_SOFTMAX, **_LINEAR, **_HARD}
 
 
 def mask(shape: Shape) -> Mask:

@@ -87,10 +87,14 @@ def test_a_machine_without_compilers_is_told_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
   ("text", "names"),
   [
-    ("ours", {"ours-hopper", "ours-tpu", "linear-hopper", FLOAT32, "linear-tpu"}),
+    (
+      "ours",
+      {f"{name}-{chip}" for name in ("ours", "linear", "hardmax") for chip in ("hopper", "tpu")}
+      | {FLOAT32},
+    ),
     ("linear", {"linear-hopper", FLOAT32, "linear-tpu", "linear-xla"}),
     ("jax-flash,ours-tpu", {"jax-flash", "ours-tpu"}),
-    ("flash", {name for name in PROGRAMS if not name.startswith("linear")}),
+    ("flash", {name for name in PROGRAMS if not name.startswith(("linear", "hardmax"))}),
     ("all", set(PROGRAMS)),
   ],
 )
@@ -121,8 +125,12 @@ def test_every_program_of_a_mechanism_has_one_of_ours_to_be_compared_with():
       if (p.mechanism, p.platform) == (program.mechanism, program.platform)
     ]
     assert any(p.ours for p in kin)
-    kinds = {FORWARD, BACKWARD} | ({STEP} if program.mechanism == "linear" else set())
-    assert set(program.settings) == kinds and all(program.settings.values())
+    kinds = {
+      "flash": {FORWARD, BACKWARD},
+      "linear": {FORWARD, BACKWARD, STEP},
+      "hardmax": {FORWARD},
+    }
+    assert set(program.settings) == kinds[program.mechanism] and all(program.settings.values())
 
 
 def test_programs_meet_the_shapes_of_their_mechanism(monkeypatch):
