@@ -88,9 +88,10 @@ def _kernel(words_ref, q_ref, k_ref, *refs, call: Call):
 
     @pl.when(flag(kind))
     def visit(masked=kind == "mixed"):
-      first = [flash_tpu_tiles.field(word, f) * size for f, size in zip(("row", "other"), BLOCK)]
+      first_q = flash_tpu_tiles.field(word, "row") * BLOCK[0]
+      first_k = flash_tpu_tiles.field(word, "other") * BLOCK[1]
       rule = call.rule if masked else None
-      rows = functools.partial(_rows, k_ref, scratch, rule, *first)
+      rows = functools.partial(_rows, k_ref, scratch, rule, first_q, first_k)
       lax.fori_loop(0, BLOCK[0] // ROWS, rows, None)
 
   @pl.when(flag("last"))

@@ -1,8 +1,19 @@
-"""What the tests of hard-max attention share: keys that are hard, and a dense scan in NumPy."""
+"""What the tests of hard-max attention share: keys that are hard, a dense scan in NumPy, calls of
+the kernels.
+"""
 
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+import kit
+from attention import hardmax_tiled, masks
+from pallas_kernels import aot
 
 FAMILIES = ("gaussian", "parabola", "circle", "grid", "collinear")
 
@@ -10,18 +21,18 @@ FAMILIES = ("gaussian", "parabola", "circle", "grid", "collinear")
 class Answer(NamedTuple):
   """Of each query of one head."""
 
-  score: np.ndarray  # T: the best score
+  score: np.ndarray  # T: the best score, -inf where no key is seen
   count: np.ndarray  # T: how many keys have it
   last: np.ndarray  # T: the last of them
   tied: np.ndarray  # T S, bool: which they are
 
   def average(self, v):
     """The mean of the winners' values, float64."""
-    return self.tied @ v.astype(np.float64) / self.count[:, None]
+    return self.tied @ v.astype(np.float64) / np.maximum(self.count, 1)[:, None]
 
   def average_gradient(self, g):
     """What the values get."""
-    return (self.tied / self.count[:, None]).T @ g.astype(np.float64)
+    return (self.tied / np.maximum(self.count, 1)[:, None]).T @ g.astype(np.float64)
 
 
 def planar(family: str, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -58,13 +69,14 @@ def scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
   return s
 
 
-def scan(q: np.ndarray, k: np.ndarray, causal: bool = True) -> Answer:
-  """Every query by all of its scores."""
+def scan(q: np.ndarray, k: np.ndarray, causal: bool | np.ndarray = True) -> Answer:
+  """Every query by all of its scores; or by those that a mask `T S` allows."""
   s = scores(q, k)
-  seen = np.tri(*s.shape, dtype=bool) if causal else np.ones(s.shape, bool)
-  s = np.where(seen, s, -np.inf)
+  if isinstance(causal, bool):
+    causal = np.tri(*s.shape, dtype=bool) if causal else np.ones(s.shape, bool)
+  s = np.where(causal, s, -np.inf)
   score = s.max(1)
-  tied = s == score[:, None]
+  tied = (s == score[:, None]) & causal
   last = np.where(tied, np.arange(len(k)), -1).max(1)
   return Answer(score, tied.sum(1), last, tied)
 
@@ -76,3 +88,87 @@ def relative_regret(q: np.ndarray, k: np.ndarray, chosen: np.ndarray, causal: bo
   q, k = q.astype(np.float64), k.astype(np.float64)
   lost = scan(q, k, causal).score - (q * k[chosen]).sum(1)
   return float(lost.max() / (np.abs(q).sum(1).max() * np.abs(k).max()))
+
+
+MASKS = {
+  "causal": (150, 150, masks.causal()),
+  "keys before the queries": (70, 200, masks.causal(130)),
+  "nothing to see": (90, 40, masks.causal(-60)),
+  "window": (500, 500, masks.sliding_window(300)),
+  "one query": (1, 300, masks.everything()),
+}
+"""T, S, mask. In blocks of 128 the window's last queries visit a full block before an earlier one
+that is mixed.
+"""
+
+
+def check_kernel(chip: str, T: int, S: int, mask: masks.Mask) -> None:
+  """The winners, the means and the values' gradient, by a chip's kernel in its interpreter, of a
+  head for each family. Numbers have few bits, so that products are exact: XLA may fuse them here.
+  """
+  given = [[planar(family, length)[i] for family in FAMILIES] for i, length in enumerate((T, S))]
+  q, k = (np.round(64 * np.stack(x, 1)) / 64 for x in given)
+  make = kit.keys()
+  v, g = kit.normal(next(make), S, len(FAMILIES), 3), kit.normal(next(make), T, len(FAMILIES), 3)
+
+  @jax.jit
+  def run(q, k, v, g):
+    def loss(v):
+      out, winners = hardmax_tiled.attend(
+        q[None], k[None], v[None], mask, ties="average", chip=chip
+      )
+      return (out[0] * g).sum(), (out[0], jax.tree.map(lambda x: x[0], winners))
+
+    (_, aux), dv = jax.value_and_grad(loss, has_aux=True)(v)
+    return *aux, dv
+
+  out, winners, dv = run(jnp.asarray(q), jnp.asarray(k), v, g)
+  seen = np.asarray(mask.as_array(T, S))[0, 0]
+  for n, family in enumerate(FAMILIES):
+    expected = scan(q[:, n], k[:, n], seen)
+    for name, x in winners._asdict().items():
+      np.testing.assert_array_equal(x[:, n], getattr(expected, name), f"{family} {name}")
+    kit.assert_close(f"{family} out", out[:, n], expected.average(np.asarray(v)[:, n]))
+    kit.assert_close(f"{family} dv", dv[:, n], expected.average_gradient(np.asarray(g)[:, n]))
+
+
+def check_shared_heads(chip: str) -> None:
+  """Wide heads, two to a key head, under vmap: as without the kernel."""
+  rng = np.random.default_rng(0)
+  integers = lambda *shape: jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+  q, k, v = integers(2, 1, 40, 2, 5), integers(2, 1, 50, 1, 5), integers(2, 1, 50, 1, 3)
+
+  def run(chip):
+    attend = lambda *qkv: hardmax_tiled.attend(*qkv, masks.causal(10), ties="latest", chip=chip)
+    return jax.jit(jax.vmap(attend))(q, k, v)
+
+  jax.tree.map(np.testing.assert_array_equal, run(chip), run(None))
+
+
+def lowered(chip: str, H: int) -> None:
+  """Lowers the whole call for a chip; several compilers' refusals come here."""
+  name = "hopper" if chip == "h200" else "tpu"
+  q, k = (jax.ShapeDtypeStruct((2, length, 4, H), jnp.float32) for length in (70, 300))
+  attend = lambda q, k: hardmax_tiled.attend(q, k, k, masks.causal(230), ties="average", chip=name)
+  aot.lower_for(aot.CHIPS[chip], attend, q, k)
+
+
+_COMPILE = """
+import jax, jax.numpy as jnp
+from attention import hardmax_tiled, masks
+from pallas_kernels import aot
+x = jax.ShapeDtypeStruct((1, 600, 1, 2), jnp.float32)
+attend = lambda q, k: hardmax_tiled.attend(q, k, k, masks.causal(), ties="latest", chip={name!r})
+aot.compile_for(aot.CHIPS[{chip!r}], attend, x, x)
+"""
+
+
+def compile_in_a_child(chip: str, dump: os.PathLike[str]) -> None:
+  """Leaves what the compiler of a chip says of the kernel for heads of width 2 in a folder."""
+  kit.needs_compiler(chip)
+  code = _COMPILE.format(name="hopper" if chip == "h200" else "tpu", chip=chip)
+  environment = os.environ | aot.environment(aot.CHIPS[chip], dump)
+  path = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(command, env=environment | path, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr

@@ -16,10 +16,10 @@ The gradient is that of a function that is constant between jumps: none for q an
 receives what its readers do, ties sharing. `straight_through` lends q and k the gradient of the
 softmax over a few best keys; `top_k_attention` is that softmax, with its true gradient.
 
-O(T S (H + h)) time, O(T + S) memory for `tiled` and for the kernels `hopper` and `tpu`; O(T log^2 T) time, O(T) memory for `bulk`, whose
-heads are of width 2. Where scores are exact `bulk` finds the same winners. Elsewhere, on a round
-hull, it may take a key whose score is less than the best by rounding, at most 2e-7 of its terms.
-Decoding keeps the keys and values.
+O(T S (H + h)) time, O(T + S) memory for `tiled` and the kernels; O(T log^2 T) time, O(T) memory for
+`bulk`, whose heads are of width 2. Where scores are exact `bulk` finds the same winners. Elsewhere,
+on a round hull, it may take a key whose score is less than the best by rounding, at most 2e-7 of
+its terms. Decoding keeps the keys and values.
 """
 
 import functools
