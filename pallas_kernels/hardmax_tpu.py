@@ -139,7 +139,7 @@ def winners(q: Array, k: Array, rule: Callable[[Array, Array], Array], by_query:
   q, k = wide(q, 3, BLOCK[0]), wide(k, 3, BLOCK[1])
   call = Call(rule, flash_tpu_tiles.steps(by_query), N // K)
   dtypes = (jnp.float32, jnp.int32, jnp.int32)
-  lanes = functools.partial(pltpu.VMEM, (BLOCK[0], LANES))
+  lanes = lambda dtype: pltpu.VMEM((BLOCK[0], LANES), dtype)
   found = pl.pallas_call(
     functools.partial(_kernel, call=call),
     grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -53,6 +53,11 @@ CROSSOVER = 2**12
 (BUILD_NOTES.md). Below it compiles for longer than it saves.
 """
 
+KERNEL_CROSSOVER = 2**17
+"""From this length on `bulk` runs even where a chip's kernel could: calculated, not measured
+(BUILD_NOTES.md).
+"""
+
 
 class Winners(NamedTuple):
   """Which keys a query reads, `B T N`."""
@@ -393,9 +398,16 @@ def _empty(call: Call) -> str | None:
   return f"there is no tile: T={T}, S={S}" if min(T, S) == 0 else None
 
 
+def _long(call: Call) -> str | None:
+  longest = max(call.query.shape[1], call.key.shape[1])
+  if longest < KERNEL_CROSSOVER or _planar(call):
+    return None
+  return f"from {KERNEL_CROSSOVER} tokens on 'bulk' has less to do: {longest}"
+
+
 def _by_kernel(chip: str) -> Implementation:
   unsupported = lambda call: _empty(call) or hardmax_tiled.unsupported(chip, call)
-  return Implementation(functools.partial(_tiled, chip=chip), unsupported)
+  return Implementation(functools.partial(_tiled, chip=chip), unsupported, automatic=_long)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {

@@ -201,3 +201,27 @@ def test_what_runs():
   assert "runs 'bulk'" in explain(*array(long, 2), is_causal=True)
   assert "runs 'tiled'" in explain(*array(long, 4), is_causal=True)
   assert "runs 'tiled'" in explain(*array(long, 2), mask=masks.sliding_window(9))
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "platform"), [("hopper", "NVIDIA H200", "gpu"), ("tpu", "TPU v5 lite", "tpu")]
+)
+def test_what_runs_on_a_chip(name, kind, platform):
+  """Its kernel, unless the call is too wide, has arrays in its mask, is float64, or so long that
+  `bulk` does less.
+  """
+  explain = functools.partial(attention.explain, hardmax.hardmax_attention)
+  array = lambda T, H, dtype="float32": (jax.ShapeDtypeStruct((1, T, 1, H), dtype),) * 3
+  ids = jnp.zeros((1, 64), jnp.int32)
+  with kit.pretend(kind, platform):
+    assert f"runs {name!r}" in explain(*array(2 * hardmax.CROSSOVER, 2), is_causal=True)
+    assert f"runs {name!r}" in explain(*array(64, 8), mask=masks.sliding_window(9))
+    long = explain(*array(hardmax.KERNEL_CROSSOVER, 2), is_causal=True)
+    assert "runs 'bulk'" in long and "has less to do: 131072" in long
+    assert f"runs {name!r}" in explain(*array(hardmax.KERNEL_CROSSOVER, 3), is_causal=True)
+    assert "head_dim 9 is more than 8" in explain(*array(64, 9))
+    assert "not of arrays as in Segments" in explain(*array(64, 2), mask=masks.segments(ids))
+    with kit.double():
+      assert "the query is float64" in explain(*array(64, 2, "float64"))
+  with pytest.raises(NotImplementedError, match=f"'{name}' cannot run this call: it needs a"):
+    hardmax.hardmax_attention(*planar(T=20), implementation=name)
