@@ -8,7 +8,9 @@ with what was found before.
 
 Everything is in registers, and keys come by ordinary loads: all blocks of a head read the same
 ones, 8 bytes for 64 pairs of width 2, so the caches have them, and the other warpgroups of the
-multiprocessor work meanwhile. The floor is the float32 lanes. No chip has run it yet.
+multiprocessor (four, by 128 registers) work meanwhile. The floor is what instructions there are: a
+tile of width 2 without a mask is 348 for the 32 pairs of a thread (64 FFMA, 32 FADD, 38 FMNMX, 36
+FSETP; the rest counts and finds the last), no barrier among them. No chip has run it yet.
 """
 
 import functools
