@@ -10,7 +10,7 @@ nothing crosses lanes before the last step of a row of blocks, which turns them 
 A query's coordinates are spread over the lanes once, in the first step.
 
 The floor is the vector unit: for 8 x 128 pairs of width 2 ten operations, of which a bundle holds
-four. 32 queries by 1024 keys, 80 bundles then, are 101 on a v5e and 100 on a v6e without a mask, and
+four. 32 queries by 1024 keys, 80 bundles then, are 101 on a v5e and 100 on a v6e without a mask,
 124 with a causal one. No chip has run it yet.
 """
 
