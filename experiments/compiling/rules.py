@@ -63,9 +63,10 @@ def _wrong(row: Row, rows: Sequence[Row]) -> Iterable[str]:
   chip = aot.CHIPS[row["chip"]]
   # Matrix instructions mark the code that a visit runs, so without them no time is predicted.
   multiplies = SHAPES[row["shape"]].mechanism != "hardmax"
-  if not row["kernels"]:
+  if not multiplies and not row["kernels"]:
     yield "it has no kernel"
-  if multiplies and row["kind"] != STEP and not _has_matrix_instructions(row):
+  matrix = any(k["matrix_instructions"] for k in row["kernels"])
+  if multiplies and row["kind"] != STEP and not matrix:
     yield "it has no matrix instruction"
   for kernel in row["kernels"]:
     memory = kernel["shared_memory" if chip.platform == "cuda" else "vmem"]
@@ -75,10 +76,6 @@ def _wrong(row: Row, rows: Sequence[Row]) -> Iterable[str]:
       yield from _wrong_on_hopper(kernel, row)
   if multiplies and chip.platform == "tpu":
     yield from _slower(row, rows)
-
-
-def _has_matrix_instructions(row: Row) -> bool:
-  return any(kernel["matrix_instructions"] for kernel in row["kernels"])
 
 
 def _wrong_on_hopper(kernel: Row, row: Row) -> Iterable[str]:

@@ -260,6 +260,17 @@ def test_a_token_needs_no_matrix_instruction():
   assert "no matrix instruction" in rules.broken([idle])[0]
 
 
+def test_hard_max_attention_needs_a_kernel_and_no_matrix_instruction():
+  """Nor a predicted time, which goes by them; spills count as ever."""
+  hard = {"shape": "planar_16k", "kind": FORWARD, "predicted": None}
+  for row in (GOOD_HOPPER, GOOD_TPU):
+    idle = with_kernel(row, matrix_instructions=0) | hard
+    assert rules.broken([idle]) == []
+    assert "it has no kernel" in rules.broken([idle | {"kernels": []}])[0]
+  spilled = with_kernel(GOOD_HOPPER, matrix_instructions=0, spill_loads=8) | hard
+  assert "spills 8 bytes" in rules.broken([spilled])[0]
+
+
 def test_what_xla_compiles_shows_its_own_estimate(tmp_path, capsys):
   row = PEER | {
     "shape": "1x8k_96x128_token", "program": "linear-xla", "kernels": [], "predicted": None,
