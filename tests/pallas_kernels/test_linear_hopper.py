@@ -23,18 +23,16 @@ def _problem(**fields):
 
 
 PROBLEMS = {
-  "token, normalized, harsh, grouped": _problem(T=70, M=40, h=96, K=1, normalize=True, harsh=True),
-  "token, documents": _problem(T=130, Nq=1, K=1, Kv=1, document=50, harsh=True, scale=0.3),
+  "token, normalized, harsh, grouped, documents": _problem(
+    T=130, M=40, h=96, K=1, document=50, normalize=True, harsh=True
+  ),
   "head, grouped": _problem(T=70, K=1, Kv=1, h=128, decay="head", scale=0.5),
   "none, one token": _problem(T=1, Nq=1, K=1, Kv=1, M=16, h=16, decay="none"),
   "none, normalized, wide": _problem(
     T=65, Nq=1, K=1, Kv=1, M=200, h=250, decay="none", normalize=True
   ),
-  "channel, normalized, harsh, grouped": _problem(
-    T=70, M=40, h=96, K=1, Kv=1, decay="channel", normalize=True, harsh=True
-  ),
-  "channel, documents": _problem(
-    T=130, Nq=1, K=1, Kv=1, M=100, decay="channel", document=50, harsh=True, scale=0.3
+  "channel, normalized, harsh, grouped, documents": _problem(
+    T=130, M=100, h=96, K=1, Kv=1, decay="channel", document=50, normalize=True, harsh=True
   ),
   "token, normalized, harsh, float32": _problem(
     T=70, Nq=1, K=1, Kv=1, normalize=True, harsh=True, dtype="float32"
