@@ -39,14 +39,9 @@ def _block_winners(q: Array, k: Array, recent: int) -> Int[Array, "T C"]:
   T = q.shape[0]
   size = 1 << max((T - 1).bit_length(), recent.bit_length())
   lowest = recent.bit_length() - 1
-  # A query along the x axis needs no hull, but here it must find its way through one: it is turned
-  # by less than its scores can show.
-  x, y = q[:, 0], q[:, 1]
-  q = jnp.stack([x, jnp.where(y == 0, jnp.abs(x) * jnp.asarray(1e-30, q.dtype), y)], -1)
-
   def visit(found, level):
     return found.at[level.queries, level.bits - lowest].set(level.keys[level.best])
 
-  problem = hardmax_levels.make_problem(q, k, size)
+  problem = hardmax_levels.make_problem(hardmax_levels.off_axis(q), k, size)
   found = jnp.full((size, size.bit_length() - 1 - lowest), -1, jnp.int32)
   return hardmax_levels.fold(problem, visit, found, lowest)[:T]

@@ -102,8 +102,21 @@ def _rounds(T: int) -> tuple[int, ...]:
   return tuple(WIDTH**i for i in reversed(range(T.bit_length())) if WIDTH**i < max(T, 2))
 
 
-def _search(level: Level, T: int) -> Array:
-  """Where among `level.keys` each query's best key is: the last one in their order."""
+def off_axis(q: Array) -> Array:
+  """Queries `T 2`; those with y = 0, which need no hull, find their way through one: turned by less
+  than their scores can show, and 0, of which all keys are the best, along y.
+  """
+  x, y = q[:, 0], q[:, 1]
+  y = jnp.where(y == 0, jnp.where(x == 0, 1.0, 1e-30).astype(q.dtype), y)
+  return jnp.stack([jnp.where(q[:, 1] == 0, jnp.sign(x), x), y], -1)
+
+
+def search(level: Level, left: Array | None = None) -> Array:
+  """Where among `level.keys` each query's best key is: the last one in their order.
+
+  `left`, `T` bool, are the keys to look among. A query who has none gets the last one on its side.
+  """
+  T = level.keys.shape[0]
   n, chunks = T // 2, T // WIDTH
   groups = n // WIDTH
   pairs = 2 * chunks  # chunks + groups would do; a power of two
@@ -140,9 +153,10 @@ def _search(level: Level, T: int) -> Array:
     allowed = half[:, None, :] == level.lower[query].astype(jnp.int32)[:, :, None]
     queries = tuple(x[query][:, :, None] for x in level.q)
     s = plane.score(queries, (kx[chunk][:, None], ky[chunk][:, None]))
-    s = jnp.where(allowed, s, -jnp.inf)
+    there = allowed if left is None else allowed & left.reshape(chunks, WIDTH)[chunk][:, None]
+    s = jnp.where(there, s, -jnp.inf)
     most = s.max(-1)
-    last = jnp.where(s == most[..., None], position[:, None, :], -1).max(-1)
+    last = jnp.where((s == most[..., None]) & allowed, position[:, None, :], -1).max(-1)
     best_score = jax.ops.segment_max(most, group, groups, indices_are_sorted=True)
     last = jnp.where(most == best_score[group], last, -1)
     last = jax.ops.segment_max(last, group, groups, indices_are_sorted=True)
@@ -179,7 +193,7 @@ def fold(problem: Problem, visit: Callable[[Any, Level], Any], carry: Any, lowes
     k = jax.tree.map(lambda x: jnp.where(turned, -x, x), k)
     lower = problem.towards.lower[queries]
     level = Level(bits, queries, keys, q, k, lower, steps)
-    level = level._replace(best=_search(level, T))
+    level = level._replace(best=search(level))
     return query_order, key_order, visit(carry, level)
 
   start = (problem.query_order, problem.key_order, carry)
