@@ -5,7 +5,8 @@ An ops file with more than one implementation holds a table `IMPLEMENTATIONS`, t
 function `describe` with the op's signature that checks the arguments and returns the call as data.
 Each implementation says of a call what keeps it from running it *forward and backward*, or None.
 `implementation=None` takes the first that has no objection; a named one runs or raises: it never
-falls back.
+falls back. Where a file has a second op of several implementations, `OTHER_OPS` maps its name to
+its own (`describe`, table).
 """
 
 import difflib
@@ -88,10 +89,12 @@ def explain(
 
 def _explanation(op, implementation, args, kwargs) -> Iterator[str]:
   module = sys.modules[op.__module__]
-  call = module.describe(*args, **kwargs)
-  chosen = choose(implementation, module.IMPLEMENTATIONS, call)
-  reasons = refusals(module.IMPLEMENTATIONS, call)
+  own = module.describe, module.IMPLEMENTATIONS
+  describe, table = getattr(module, "OTHER_OPS", {}).get(op.__name__, own)
+  call = describe(*args, **kwargs)
+  chosen = choose(implementation, table, call)
+  reasons = refusals(table, call)
   yield f"{op.__name__} runs {chosen!r}" + (", as named" if implementation else "")
-  for name in module.IMPLEMENTATIONS:
+  for name in table:
     if name != chosen:
       yield f"  not {name!r}: {reasons.get(name, f'{chosen!r} was preferred')}"

@@ -39,6 +39,7 @@ def _block_winners(q: Array, k: Array, recent: int) -> Int[Array, "T C"]:
   T = q.shape[0]
   size = 1 << max((T - 1).bit_length(), recent.bit_length())
   lowest = recent.bit_length() - 1
+
   def visit(found, level):
     return found.at[level.queries, level.bits - lowest].set(level.keys[level.best])
 

@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention import plane
+from attention import masks, plane
+from attention.masks import Mask
 from attention.running import running
 from attention.types import Array
 
@@ -64,6 +65,18 @@ class Level(NamedTuple):
   k: tuple[Array, Array]
   lower: Array  # T/2, bool
   best: Array  # T/2: where among `keys` the best one is
+
+
+def unsupported(q: Array, k: Array, mask: Mask) -> str | None:
+  """Why queries `B T N H` of keys `B S K H` cannot be cut into squares of planar keys, or None."""
+  (T, H), S = (q.shape[i] for i in (1, 3)), k.shape[1]
+  if H != 2:
+    return f"its keys lie in a plane, and the head width is {H}, not 2"
+  if min(T, S) == 0:
+    return f"there is nothing to sort: T={T}, S={S}"
+  if mask == masks.everything() or (mask == masks.causal() and T == S):
+    return None
+  return f"it runs causal() with T = S, or no mask, not {type(mask).__name__}, T={T}, S={S}"
 
 
 def make_problem(q: Array, k: Array, T: int) -> Problem:

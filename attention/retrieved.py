@@ -4,15 +4,24 @@
 
 C[t] are the `top_k` keys of the greatest scores. They jump from one set to another on a set of
 measure zero; between, they are constants, so the gradient is that of a softmax over gathered keys.
+A `scan` of all keys finds them, or, where keys are planar, `hulls` do (`attention.hardmax_layers`).
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import plane
+from attention import chips, hardmax_layers, hardmax_levels, masks, plane
+from attention.dispatch import Implementation, choose
 from attention.masks import Mask
 
+CROSSOVER = 2**12
+"""Below so many queries or keys `hulls` compiles for longer than it saves."""
+PER_KEY = 2**10
+"""Below so many for each of `top_k` it is slower, on two CPU cores (BUILD_NOTES.md)."""
 _ROWS = 2**22
 """Scores held at once while candidates are retrieved."""
 
@@ -40,15 +49,27 @@ def retrieve(
     q_idx = i * block + jnp.arange(block, dtype=jnp.int32)
     seen = mask(q_idx, k_idx)
     seen = seen[:, None] if seen.shape[1] == 1 else seen.reshape(-1, K, N // K, block, S)
-    s = jnp.where(seen, plane.scores(q, keys), -jnp.inf) * scale
+    s = jnp.where(seen, plane.scores(q, keys) * scale, -jnp.inf)
     best, index = lax.top_k(s, top_k)
-    m = jnp.maximum(best[..., :1], jnp.finfo(s.dtype).min)
+    # Not the first of `best`: a slice of it keeps XLA from seeing that a sort ends after `top_k`.
+    m = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(s.dtype).min)
     lse = m[..., 0] + jnp.log(jnp.exp(s - m).sum(-1))
     return jnp.where(best > -jnp.inf, index, -1), lse
 
   index, lse = lax.map(one, (jnp.arange(count, dtype=jnp.int32), blocks))
   index = index.transpose(1, 0, 4, 2, 3, 5).reshape(B, count * block, N, top_k)[:, :T]
   return index, lse.transpose(1, 0, 4, 2, 3).reshape(B, count * block, N)[:, :T]
+
+
+class Call(NamedTuple):
+  """A softmax over the `top_k` best keys."""
+
+  q: Float[Array, "B T N H"]
+  k: Float[Array, "B S K H"]
+  v: Float[Array, "B S K h"]
+  mask: Mask
+  top_k: int
+  scale: float
 
 
 def attend(
@@ -59,12 +80,47 @@ def attend(
   *,
   top_k: int,
   scale: float,
+  implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
   """The output, float32 or float64, and the part of the whole softmax that was retrieved."""
   dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
   q, k, v = (x.astype(dtype) for x in (q, k, v))
-  index, lse = retrieve(q, k, mask, top_k=top_k, scale=scale)
+  call = Call(q, k, v, mask, top_k, scale)
+  index, lse = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
   return softmax_over(q, k, v, index, lse, scale=scale)
+
+
+def _scan(call: Call) -> tuple[Array, Array]:
+  return retrieve(call.q, call.k, call.mask, top_k=call.top_k, scale=call.scale)
+
+
+def _hulls(call: Call) -> tuple[Array, Array]:
+  """The log-sum-exp, O(T S) time, is a loop of its own: not computed if nobody uses it."""
+  q = call.q * jnp.sign(jnp.asarray(call.scale, call.q.dtype))
+  causal = call.mask == masks.causal()
+  index = hardmax_layers.retrieve(q, call.k, top_k=call.top_k, causal=causal)
+  return index, _scan(call._replace(top_k=1))[1]
+
+
+def _layered(call: Call) -> str | None:
+  if reason := hardmax_levels.unsupported(call.q, call.k, call.mask):
+    return reason
+  most = hardmax_layers.DIAGONAL
+  return f"top_k is at most {most}, not {call.top_k}" if call.top_k > most else None
+
+
+def _few(call: Call) -> str | None:
+  if (platform := chips.current().platform) != "cpu":
+    return f"on CPUs it is faster; on a {platform} it was not measured"
+  few = min(call.q.shape[1], call.k.shape[1])
+  least = max(CROSSOVER, PER_KEY * call.top_k)
+  return f"below {least} queries and keys a scan is faster: {few}" if few < least else None
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+  "hulls": Implementation(_hulls, _layered, automatic=_few),
+  "scan": Implementation(_scan, lambda call: None),
+}
 
 
 def softmax_over(

@@ -137,7 +137,7 @@ def hardmax_attention(
     straight_through: a temperature. The output stays hard, and queries and keys get the gradient of
       softmax(score / temperature) over the `candidates` best keys; values get the hard one.
       None: queries and keys get none.
-    candidates: how many keys compete in `straight_through`. Costs O(T S) time in any form.
+    candidates: how many keys compete in `straight_through`, as in `top_k_attention`.
     implementation: "hopper" or "tpu" (that chip's kernel; widths to 8, masks of positions), "bulk"
       (width 2, causal or unmasked), "tiled" or "reference". None: the fastest that runs this call
       (see `attention.explain`).
@@ -176,30 +176,37 @@ def top_k_attention(
   top_k: int,
   scale: float | None = None,
   is_causal: bool = False,
+  implementation: str | None = None,
 ) -> tuple[Output, Float[Array, "*B T N"]]:
   """Softmax attention to the `top_k` best keys, and the part of the whole softmax that they hold.
 
   With its true gradient: that of a softmax over keys that stay the same ones. Faithful to softmax
-  attention only where scores are sharp, which is what the second result says. O(T S) time,
-  O((T + S) top_k) memory.
+  attention only where scores are sharp, which is what the second result says. O(T S) time for
+  `scan`, O(T top_k^2 log^2 T) for `hulls` (`attention.hardmax_layers`); O((T + S) top_k) memory.
+
+  The second result needs all scores, O(T S) time, in any form; where it is not used, `jax.jit` of
+  `hulls` does not compute it.
 
   Args:
     query: `B T N H`, or `T N H` without a batch; then so are key and value.
     key: `B S K H`.
     value: `B S K h`.
     mask: as in `hardmax_attention`.
-    top_k: how many keys; fewer where there are no more. Of equal ones the first.
+    top_k: how many keys; fewer where there are no more. Of equal ones the first, with `hulls` any.
     scale: of the dot products; None: H^-0.5.
     is_causal: only keys `s <= t`.
+    implementation: "hulls" (width 2, causal or unmasked, `top_k` up to 256) or "scan". None: the
+      fastest that runs this call (see `attention.explain`).
 
   Returns:
     `B T N h` in the dtype of value, and `B T N`, float32, from 0 (no key) to 1; no gradient.
+
+  Raises:
+    ValueError: shapes that do not fit each other, or `top_k` is less than 1.
+    NotImplementedError: the named implementation cannot run this call, with the reason.
   """
-  call = describe(query, key, value, mask, ties="latest", is_causal=is_causal)
-  if top_k < 1:
-    raise ValueError(f"top_k must be at least 1, not {top_k}")
-  scale = call.query.shape[3] ** -0.5 if scale is None else scale
-  out, mass = retrieved.attend(*call[:4], top_k=top_k, scale=scale)
+  call = describe_top_k(query, key, value, mask, top_k=top_k, scale=scale, is_causal=is_causal)
+  out, mass = retrieved.attend(**call._asdict(), implementation=implementation)
   out = out.astype(value.dtype)
   return (out[0], mass[0]) if query.ndim == 3 else (out, mass)
 
@@ -378,14 +385,7 @@ def _bulk(call: Call) -> tuple[Array, Winners]:
 
 
 def _planar(call: Call) -> str | None:
-  (T, H), S = (call.query.shape[i] for i in (1, 3)), call.key.shape[1]
-  if H != 2:
-    return f"its keys lie in a plane, and the head width is {H}, not 2"
-  if min(T, S) == 0:
-    return f"there is nothing to sort: T={T}, S={S}"
-  if call.mask == masks.everything() or (call.mask == masks.causal() and T == S):
-    return None
-  return f"it runs causal() with T = S, or no mask, not {type(call.mask).__name__}, T={T}, S={S}"
+  return hardmax_levels.unsupported(call.query, call.key, call.mask)
 
 
 def _short(call: Call) -> str | None:
@@ -444,6 +444,27 @@ def describe(
   return Call(query, key, value, mask & masks.causal() if is_causal else mask, ties)
 
 
+def describe_top_k(
+  query: Query,
+  key: Key,
+  value: Value,
+  mask: MaskArray | Mask | None = None,
+  *,
+  top_k: int,
+  scale: float | None = None,
+  is_causal: bool = False,
+) -> retrieved.Call:
+  """`describe`, of the arguments of `top_k_attention`."""
+  call = describe(query, key, value, mask, is_causal=is_causal)
+  if top_k < 1:
+    raise ValueError(f"top_k must be at least 1, not {top_k}")
+  scale = call.query.shape[3] ** -0.5 if scale is None else scale
+  return retrieved.Call(*call[:4], top_k, scale)
+
+
+OTHER_OPS = {"top_k_attention": (describe_top_k, retrieved.IMPLEMENTATIONS)}
+
+
 # As a Variant: hard, or with `top_k` the softmax that trains; and one token after another.
 
 
@@ -464,7 +485,8 @@ def attend(
   if segment_ids is not None:
     mask = mask & masks.segments(segment_ids)
   if top_k is not None:
-    return top_k_attention(q, k, v, mask, top_k=top_k, scale=scale)[0]
+    form = "scan" if implementation == "reference" else implementation
+    return top_k_attention(q, k, v, mask, top_k=top_k, scale=scale, implementation=form)[0]
   return hardmax_attention(q, k, v, mask, ties=ties, implementation=implementation)
 
 

@@ -60,9 +60,16 @@ POINT = st.tuples(*[st.integers(-3, 3)] * 2)
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_streams_of_few_different_points(data):
-  """Drawn points, repeated in a drawn order: duplicates, lines, squares with more keys than hull."""
+  """Drawn points, repeated in any order: duplicates, lines, and layers that take many of both."""
   points = np.array(data.draw(st.lists(POINT, min_size=1, max_size=12)), np.float32)
   slopes = np.array(data.draw(st.lists(POINT, min_size=1, max_size=6)), np.float32)
   rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
   k, q = (x[rng.integers(0, len(x), T)] for x in (points, slopes))
   assert lost(q, k, causal=True).max() == 0
+
+
+def test_as_many_as_there_are():
+  """All 20 keys, of a square of 32: every layer is asked for until nothing is left."""
+  for family in ("parabola", "grid"):
+    q, k = hardmax_kit.planar(family, 20)
+    assert lost(q, k, causal=False, top_k=24).max() == 0

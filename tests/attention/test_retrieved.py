@@ -1,6 +1,7 @@
 """Softmax over retrieved keys, against the softmax of a sorted row of scores in float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import kit
-from attention import masks, retrieved
+from attention import dispatch, masks, retrieved
 
 CASE = kit.Case(B=2, T=21, S=21, N=4, K=2, H=5, h=3)
 
@@ -79,3 +80,59 @@ def test_few_rows_at_a_time(monkeypatch):
   ):
     kit.assert_close(name, a, b)
   assert jnp.asarray(whole[0]).shape == (2, 21, 4, 3)
+
+
+def test_hulls_are_the_scan():
+  """Output, mass and gradients, in float64; heads that share keys; the worst keys as the best ones
+  of a negative scale.
+  """
+
+  def run(implementation, g, *qkv):
+    attend = functools.partial(
+      retrieved.attend, mask=masks.causal(), top_k=4, scale=-1.5, implementation=implementation
+    )
+    out, back, mass = jax.vjp(attend, *qkv, has_aux=True)
+    return out, mass, *back(g)
+
+  case = kit.Case(B=1, T=300, S=300, N=2, K=1, H=2, h=3)
+  with kit.double():
+    inputs = kit.to_double(case.inputs())
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(1, 300, 2, 3)))
+    hulls, scan = (jax.jit(functools.partial(run, form))(g, *inputs) for form in ("hulls", "scan"))
+  for name, a, b in zip(("out", "mass", "dq", "dk", "dv"), hulls, scan, strict=True):
+    kit.assert_close(name, a, b, "float32" if name == "mass" else "float64")
+
+
+def test_work_that_nobody_asked_for():
+  """On hulls no row of all scores, unless for the mass; and no scan sorts a row to its end."""
+  q, k, v = kit.Case(B=1, T=90, S=90, N=1, K=1, H=2, h=3).inputs()
+
+  def text(implementation, outputs):
+    attend = functools.partial(
+      retrieved.attend, mask=masks.causal(), top_k=4, scale=1.0, implementation=implementation
+    )
+    return jax.jit(lambda *qkv: attend(*qkv)[:outputs]).lower(q, k, v).compile().as_text()
+
+  row = re.compile(r"\[[\d,]*90,90\]\S* exponential")
+  assert row.search(text("hulls", 2)) and not row.search(text("hulls", 1))
+  assert "TopK" in text("scan", 2) and " sort(" not in text("scan", 2)
+
+
+def test_which_one_runs():
+  """Long calls of planar heads, where both sides are long, go to hulls."""
+  x = lambda T, H=2: jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32)
+
+  def chosen(T, S, H=2, top_k=8, mask=None):
+    mask = masks.everything() if mask is None else mask
+    call = retrieved.Call(x(T, H), x(S, H), x(S), mask, top_k, 1.0)
+    return dispatch.choose(None, retrieved.IMPLEMENTATIONS, call)
+
+  assert chosen(2**13, 2**13) == chosen(2**13, 2**13, mask=masks.causal()) == "hulls"
+  assert chosen(2**13, 2**13, top_k=9) == chosen(2**11, 2**11, top_k=1) == "scan"
+  assert chosen(1, 2**20) == chosen(2**13, 2**13, H=3) == "scan"
+  with pytest.raises(NotImplementedError, match="top_k is at most 256, not 257"):
+    dispatch.choose(
+      "hulls",
+      retrieved.IMPLEMENTATIONS,
+      retrieved.Call(x(9), x(9), x(9), masks.causal(), 257, 1.0),
+    )

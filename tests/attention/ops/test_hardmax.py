@@ -201,6 +201,9 @@ def test_what_runs():
   assert "runs 'bulk'" in explain(*array(long, 2), is_causal=True)
   assert "runs 'tiled'" in explain(*array(long, 4), is_causal=True)
   assert "runs 'tiled'" in explain(*array(long, 2), mask=masks.sliding_window(9))
+  explain = functools.partial(attention.explain, hardmax.top_k_attention, top_k=8)
+  assert explain(*array(long, 2), is_causal=True).startswith("top_k_attention runs 'hulls'")
+  assert "not 'hulls': its keys lie in a plane" in explain(*array(long, 3), is_causal=True)
 
 
 @pytest.mark.parametrize(
