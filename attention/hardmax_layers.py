@@ -28,8 +28,8 @@ from attention.hardmax_levels import Level, Problem
 
 DIAGONAL = 256
 """Positions in a block whose scores are all computed."""
-_QUERIES = 2**12
-"""Queries whose candidates are held at once."""
+_CANDIDATES = 2**18
+"""Scores of candidates held at once."""
 
 
 def retrieve(
@@ -109,7 +109,8 @@ def _visit(
 
   old = tuple(x[level.queries] for x in found)
   asked = (level.queries, side, places.T, *old)
-  new = lax.map(one, asked, batch_size=min(n, _QUERIES))
+  batch = 1 << (max(1, _CANDIDATES // top_k**2).bit_length() - 1)
+  new = lax.map(one, asked, batch_size=min(n, batch))
   return jax.tree.map(lambda x, y: x.at[level.queries].set(y, unique_indices=True), found, new)
 
 

@@ -22,6 +22,8 @@ CROSSOVER = 2**12
 """Below so many queries or keys `hulls` compiles for longer than it saves."""
 PER_KEY = 2**10
 """Below so many for each of `top_k` it is slower, on two CPU cores (BUILD_NOTES.md)."""
+MEASURED = 32
+"""The greatest `top_k` of which that is known: candidates grow as its square."""
 _ROWS = 2**22
 """Scores held at once while candidates are retrieved."""
 
@@ -112,6 +114,8 @@ def _layered(call: Call) -> str | None:
 def _few(call: Call) -> str | None:
   if (platform := chips.current().platform) != "cpu":
     return f"on CPUs it is faster; on a {platform} it was not measured"
+  if call.top_k > MEASURED:
+    return f"it was measured up to top_k = {MEASURED}, not {call.top_k}"
   few = min(call.q.shape[1], call.k.shape[1])
   least = max(CROSSOVER, PER_KEY * call.top_k)
   return f"below {least} queries and keys a scan is faster: {few}" if few < least else None

@@ -129,7 +129,7 @@ def test_which_one_runs():
 
   assert chosen(2**13, 2**13) == chosen(2**13, 2**13, mask=masks.causal()) == "hulls"
   assert chosen(2**13, 2**13, top_k=9) == chosen(2**11, 2**11, top_k=1) == "scan"
-  assert chosen(1, 2**20) == chosen(2**13, 2**13, H=3) == "scan"
+  assert chosen(2**20, 2**20, top_k=33) == chosen(1, 2**20) == chosen(2**13, 2**13, H=3) == "scan"
   with pytest.raises(NotImplementedError, match="top_k is at most 256, not 257"):
     dispatch.choose(
       "hulls",
