@@ -31,7 +31,7 @@ both at 4.8 TB/s for B=1, T=8192, N=96:
     float32, token, backward   28 and 148          0.59 and 3.10
 
 ptxas at the shapes of fla's registry: no product is serialized. At M = h = 128 `linear_unfade`
-spills 76 to 104 bytes, `linear_gradients` 0 to 4, the others nothing; 240 registers compute and 24
+spills 76 to 104 bytes, `linear_gradients` 0 to 16, the others nothing; 240 registers compute and 24
 feed, 255 where a warpgroup feeds itself; shared memory is 148 KiB forward (channel: 164), 188 KiB
 in `linear_gradients` (196). At M = 256 with decays per token `linear_forward` spills 196 bytes and
 `linear_gradients` 968 (and loads 1380), with decays per channel 0 and 12, and `linear_unfade` 76.

@@ -20,7 +20,7 @@ SPILLED: Final = r"Registers are spilled to local memory"
 SPILLS: Final[Mapping[tuple[str, int], int]] = {
   ("linear_forward", 256): 400,
   ("linear_gradients", 256): 2400,
-  ("linear_gradients", 128): 8,
+  ("linear_gradients", 128): 24,
   ("linear_unfade", 128): 208,
   ("linear_unfade", 256): 208,
 }
