@@ -10,9 +10,10 @@ ordered integers, so a path has 33 nodes at most, whatever the keys, and nothing
 q_y < 0 asks a second tree of the keys turned around. A line that loses at both ends of the interval
 it would sink into is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
 
-The program is loops over single numbers, all trees in turn (`attention.native`): a walk down one
-is some 20 steps of a few nanoseconds. It is for CPUs. On GPUs and TPUs a scan of all keys is faster
-(`attention.ops.hardmax.step`).
+On a CPU the program is loops over single numbers, all trees in turn (`attention.native`): a walk
+down one is some 20 steps of a few nanoseconds. On Hopper GPUs each tree is a program of its own
+(`pallas_kernels.hull_hopper`), which pays where a scan of all keys (`attention.ops.hardmax.step`)
+has some 10^7 of them to read, heads together, by calculation. Nothing is for TPUs.
 
 Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
 are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
@@ -25,18 +26,24 @@ rounding of float32 in any case. `hardmax_attention` counts all ties.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import native, plane
+from attention import chips, kernels, native, plane
+from attention.dispatch import Implementation, choose
 
 _DEPTH = 33
 _WIDTH = 5  # numbers in a node
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+_ENDS = [int(x) for x in np.array([-_LARGEST, _LARGEST], np.float32).view(np.uint32)]
+_SLOPES = (0xFFFFFFFF ^ _ENDS[0], 0x80000000 | _ENDS[1])
+"""The least and the greatest slope, as `plane.ordered_bits` numbers them."""
 
 
 @jax.tree_util.register_dataclass
@@ -129,36 +136,49 @@ def prefill(
   v: Float[Array, "B T K h"],
   *,
   lengths: Int[Array, " B"] | None = None,
+  implementation: str | None = None,
 ) -> tuple[HullState, Float[Array, "B T N h"]]:
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
-  return native.prefill(_step, state, q, k, v, lengths)
+  return native.prefill(_steps(implementation), state, q, k, v, lengths)
 
 
 def step(
-  state: HullState, q: Float[Array, "B N 2"], k: Float[Array, "B K 2"], v: Float[Array, "B K h"]
+  state: HullState,
+  q: Float[Array, "B N 2"],
+  k: Float[Array, "B K 2"],
+  v: Float[Array, "B K h"],
+  *,
+  implementation: str | None = None,
 ) -> tuple[HullState, Float[Array, "B N h"]]:
   """Reads one token, its own key included: 66 dependent steps at most, 33 down with the key and 33
   with the query.
 
   Donate the state to the jitted function that calls this, or all of it is copied.
+  `implementation` is "loops", for CPUs, or "hopper"; None: the kernel on its chip, else loops.
   """
-  return _step(state, q, k, v, jnp.ones(q.shape[:1], bool))
+  return _steps(implementation)(state, q, k, v, jnp.ones(q.shape[:1], bool))
 
 
-def _step(state: HullState, q: Array, k: Array, v: Array, valid: Array) -> tuple[HullState, Array]:
+def _steps(implementation: str | None) -> Callable[..., tuple[HullState, Array]]:
+  form = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, None)].run(None)
+  return functools.partial(_step, form)
+
+
+def _step(
+  form: "_Form", state: HullState, q: Array, k: Array, v: Array, valid: Array
+) -> tuple[HullState, Array]:
   (B, N, _), K = q.shape, k.shape[1]
   keep = jnp.repeat(valid & (state.steps < state.capacity), K)
   key, value = k.reshape(B * K, 2).astype(jnp.float32), v.astype(jnp.float32).reshape(B * K, -1)
   new = jnp.concatenate([value, jnp.ones((B * K, 1))], axis=1)
-  state, merged = _insert_all(state, key.reshape(-1), keep)
+  state, merged = form.insert(state, key.reshape(-1), keep)
   state = _along_axes(state, key, new, keep)
-  entries = native.entered(
-    state.entries, state.steps, new, None if state.ties == "latest" else merged.reshape(-1, 2)
-  )
+  merged = None if state.ties == "latest" else merged.reshape(-1, 2)
+  entries = form.enter(state.entries, state.steps, new, merged)
   state = dataclasses.replace(state, entries=entries)
-  read = _query_all(state, q.reshape(-1).astype(jnp.float32), N // K)
+  read = form.query(state, q.reshape(-1).astype(jnp.float32), N // K)
   out = jnp.where(valid[:, None, None], read.reshape(B, N, -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)
   return dataclasses.replace(state, length=length, steps=state.steps + 1), out
@@ -202,8 +222,7 @@ class _Place(NamedTuple):
 
 
 def _root() -> _Place:
-  ends = plane.ordered_bits(jnp.array([-_LARGEST, _LARGEST], jnp.float32))
-  return _Place(jnp.int32(0), ends[0], ends[1])
+  return _Place(jnp.int32(0), *(jnp.uint32(end) for end in _SLOPES))
 
 
 def _lead(one: _Line, other: _Line, slope: Array) -> Array:
@@ -214,21 +233,27 @@ def _lead(one: _Line, other: _Line, slope: Array) -> Array:
 class _Sinking(NamedTuple):
   """A line on its way down."""
 
-  nodes: native.Rows
   place: _Place
   line: _Line
   used: Array
   merged: Array
   """The entry of a key that is equal, or -1."""
-  done: Array
+  going: Array
+  """0 at the end."""
+
+  @property
+  def node(self) -> Array:
+    return self.place.node
 
 
-def _sink(ties: str, base: Array, c: _Sinking) -> _Sinking:
-  """The line meets a node: the better one stays, the other goes on."""
-  array, at = c.nodes.written(), base + _WIDTH * c.place.node
-  row = native.row(array, at, _WIDTH)
+def _start_sinking(x: Array, y: Array, token: Array, used: Array, keep: Array) -> _Sinking:
+  return _Sinking(_root(), _Line(x, y, token), used, jnp.int32(-1), keep)
+
+
+def _meet(ties: str, row: Any, c: _Sinking) -> tuple[tuple[Array, ...], _Sinking]:
+  """The line meets a node, whose numbers are `row`: the better one stays, the other goes on."""
   there, line = _Line(native.floats(row[0]), native.floats(row[1]), row[2]), c.line
-  empty = c.place.node == c.used
+  empty = c.node == c.used
   lead = _lead(line, there, plane.from_ordered_bits(c.place.middle))
   same = line.x == there.x
   equal = same & (line.y == there.y) & ~empty
@@ -245,15 +270,20 @@ def _sink(ties: str, base: Array, c: _Sinking) -> _Sinking:
   new = ~stop & (child == 0)
   child = jnp.where(new, c.used, child)
   left, right_child = (jnp.where(empty, 0, x) for x in (row[3], row[4]))
-  row = jnp.stack([
+  row = (
     native.bits(upper.x), native.bits(upper.y), upper.entry,
     jnp.where(new & ~right, child, left), jnp.where(new & right, child, right_child),
-  ])  # fmt: skip
+  )  # fmt: skip
   merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
-  used = c.used + empty.astype(jnp.int32)
-  return _Sinking(
-    native.Rows(array, at, row), c.place.below(child, right), lower, used, merged, stop
-  )
+  used, going = c.used + empty.astype(jnp.int32), jnp.where(stop, 0, 1)
+  return row, _Sinking(c.place.below(child, right), lower, used, merged, going)
+
+
+def _sink(ties: str, base: Array, carry: tuple[native.Rows, _Sinking]):
+  nodes, c = carry
+  array, at = nodes.written(), base + _WIDTH * c.node
+  row, c = _meet(ties, native.row(array, at, _WIDTH), c)
+  return native.Rows(array, at, jnp.stack(row)), c
 
 
 def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
@@ -263,15 +293,12 @@ def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, A
   def one(tree, carry):
     nodes, used, merged = carry
     head, sign = tree >> 1, jnp.where(tree & 1 == 0, 1.0, -1.0)
-    line = _Line(
-      sign * native.get(key, 2 * head), sign * native.get(key, 2 * head + 1), state.steps
-    )
-    c = _Sinking(
-      nodes, _root(), line, native.get(used, tree), jnp.int32(-1), ~native.get(keep, head)
-    )
+    x, y = (sign * native.get(key, 2 * head + i) for i in (0, 1))
+    kept = native.get(keep, head).astype(jnp.int32)
+    c = _start_sinking(x, y, state.steps, native.get(used, tree), kept)
     sink = functools.partial(_sink, state.ties, tree * size)
-    c = lax.while_loop(lambda c: ~c.done, sink, c)
-    return c.nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
+    nodes, c = lax.while_loop(lambda c: c[1].going != 0, sink, (nodes, c))
+    return nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
 
   start = native.unwritten(state.nodes, _WIDTH), state.used, jnp.full_like(state.used, -1)
   nodes, used, merged = lax.fori_loop(0, state.used.shape[0], one, start)
@@ -283,43 +310,60 @@ class _Seeking(NamedTuple):
 
   place: _Place
   best: Array
-  found: Array
-  """The entries that have the best score: the first `count` of `_DEPTH`."""
+  last: Array
+  """The last entry that has the best score."""
   count: Array
-  done: Array
+  """How many entries count: of what was found the first ones."""
+  going: Array
+  """0 at the end."""
+
+  @property
+  def node(self) -> Array:
+    return self.place.node
 
 
-def _seek(state: HullState, base: Array, aim: plane.Direction, c: _Seeking) -> _Seeking:
-  """The query meets a node."""
-  row = native.row(state.nodes, base + _WIDTH * c.place.node, _WIDTH)
-  score = plane.score((aim.x, aim.y), (native.floats(row[0]), native.floats(row[1])))
-  better, tie = score > c.best, score == c.best
-  count = jnp.where(better, 0, c.count)
-  if state.ties == "latest":
-    last = jnp.where(better, row[2], jnp.maximum(row[2], native.get(c.found, jnp.int32(0))))
-    found = native.put(c.found, (~better & ~tie).astype(jnp.int32), last)
-    count = jnp.int32(1)
-  else:
-    found = native.put(c.found, count, row[2])  # counted, or overwritten
-    count = count + (better | tie).astype(jnp.int32)
+def _start_seeking(x: Array, y: Array, used: Array) -> _Seeking:
+  """Along an axis what is read is known without a walk."""
+  going = jnp.where((x == 0) | (y == 0) | (used == 0), 0, 1)
+  return _Seeking(_root(), jnp.float32(-jnp.inf), jnp.int32(0), jnp.int32(0), going)
+
+
+def _look(
+  ties: str, score: Callable[..., Array], aim: plane.Direction, row: Any, c: _Seeking
+) -> tuple[_Seeking, Array, Array]:
+  """The query meets a node, whose numbers are `row`: where among what was found to put which entry.
+  What is put behind those that count is overwritten.
+  """
+  height = score((aim.x, aim.y), (native.floats(row[0]), native.floats(row[1])))
+  better, tie = height > c.best, height == c.best
+  slot, entry = jnp.where(better, 0, c.count), row[2]
+  count = slot + (better | tie).astype(jnp.int32)
+  last = jnp.where(better, entry, jnp.where(tie, jnp.maximum(entry, c.last), c.last))
+  if ties == "latest":
+    slot, entry, count = jnp.int32(0), last, jnp.int32(1)
   slope = plane.ordered_bits(jnp.clip(aim.slope, -_LARGEST, _LARGEST))
   right = slope > c.place.middle
   child = jnp.where(right, row[4], row[3])
-  done = (child == 0) | (c.place.low == c.place.high)
-  return _Seeking(c.place.below(child, right), jnp.maximum(c.best, score), found, count, done)
+  going = jnp.where((child == 0) | (c.place.low == c.place.high), 0, 1)
+  best = jnp.maximum(c.best, height)
+  return _Seeking(c.place.below(child, right), best, last, count, going), slot, entry
 
 
 def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> tuple[Array, Array]:
-  """The entries that one query reads, and their number: a buffer's first ones. None along an axis,
-  where what is read is known without a walk.
-  """
+  """The entries that one query reads, and their number: a buffer's first ones."""
   aim = plane.direction(x, y)
   tree = 2 * head + aim.lower.astype(jnp.int32)
-  done = (x == 0) | (y == 0) | (native.get(state.used, tree) == 0)
-  c = _Seeking(_root(), jnp.float32(-jnp.inf), found, jnp.int32(0), done)
-  seek = functools.partial(_seek, state, tree * _WIDTH * (state.capacity + 1), aim)
-  c = lax.while_loop(lambda c: ~c.done, seek, c)
-  return c.found, c.count
+  base = tree * _WIDTH * (state.capacity + 1)
+
+  def seek(carry):
+    found, c = carry
+    row = native.row(state.nodes, base + _WIDTH * c.node, _WIDTH)
+    c, slot, entry = _look(state.ties, plane.score, aim, row, c)
+    return native.put(found, slot, entry), c
+
+  start = found, _start_seeking(x, y, native.get(state.used, tree))
+  found, c = lax.while_loop(lambda c: c[1].going != 0, seek, start)
+  return found, c.count
 
 
 def _query_all(state: HullState, query: Array, group: int) -> Array:
@@ -346,3 +390,73 @@ def _query_all(state: HullState, query: Array, group: int) -> Array:
   start = jnp.zeros(_DEPTH + 1, jnp.int32), native.unwritten(jnp.zeros(asks * w + 1), 1)
   out = lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
   return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)
+
+
+# On a chip: each tree and each query is a program, and what is left of a step is array operations.
+
+
+def _insert_on_chip(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
+  chip = kernels.module("hull", "hopper")
+  keys = jnp.stack([key.reshape(-1, 2), -key.reshape(-1, 2)], axis=1).reshape(-1, 2)
+  kept = jnp.repeat(keep.astype(jnp.int32), 2)
+  given = chip.Keys(state.nodes, state.used, keys, kept, state.steps[None])
+  meet, size = functools.partial(_meet, state.ties), state.capacity + 1
+  nodes, used, merged = chip.insert(given, size=size, width=_WIDTH, start=_start_sinking, meet=meet)
+  return dataclasses.replace(state, nodes=nodes, used=used), merged
+
+
+def _enter_on_chip(entries: Array, token: Array, new: Array, merged: Array | None) -> Array:
+  heads, w = new.shape
+  entries = entries.reshape(-1, heads, w)
+  capacity = entries.shape[0] - 1
+  entries = entries.at[jnp.minimum(token, capacity)].set(new)
+  if merged is not None:
+    first, second = merged.T
+    both = jnp.stack([first, jnp.where(second == first, -1, second)])
+    both = jnp.where(both < 0, capacity + 1, both)
+    entries = entries.at[both, jnp.arange(heads)[None]].add(new, mode="drop")
+  return entries.reshape(-1)
+
+
+def _query_on_chip(state: HullState, query: Array, group: int) -> Array:
+  chip = kernels.module("hull", "hopper")
+  query, size = query.reshape(-1, 2), state.capacity + 1
+
+  def walk(x, y):
+    aim = plane.direction(x, y)
+    look = functools.partial(_look, state.ties, chip.score, aim)
+    return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
+
+  found, count = chip.query(
+    chip.Queries(state.nodes, state.used, query), group=group, depth=_DEPTH + 1, size=size,
+    width=_WIDTH, walk=walk,
+  )  # fmt: skip
+  head = jnp.arange(query.shape[0], dtype=jnp.int32) // group
+  counts = jnp.arange(found.shape[1])[None] < count[:, None]
+  entries = state.entries.reshape(-1, state.heads, state.width)
+  read = entries[jnp.where(counts, found, 0), head[:, None]]
+  x, y = query.T
+  side = jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
+  axis = ((x == 0) | (y == 0))[:, None]
+  out = jnp.where(counts[..., None], read, 0.0).sum(1)
+  out = jnp.where(axis, state.along_axes[side, head], out)
+  return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)
+
+
+class _Form(NamedTuple):
+  """The parts of a step that depend on the chip."""
+
+  insert: Callable[[HullState, Array, Array], tuple[HullState, Array]]
+  enter: Callable[[Array, Array, Array, Array | None], Array]
+  query: Callable[[HullState, Array, int], Array]
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+  "hopper": Implementation(
+    lambda call: _Form(_insert_on_chip, _enter_on_chip, _query_on_chip),
+    lambda call: chips.not_hopper(),
+  ),
+  "loops": Implementation(
+    lambda call: _Form(_insert_all, native.entered, _query_all), lambda call: None
+  ),
+}

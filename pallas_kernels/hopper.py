@@ -353,7 +353,12 @@ def launch(name: str, body, plan: Plan, *, grid: dict[str, int], out_type: Any, 
   )
 
 
-def launch_alone(name: str, body, grid: dict[str, int], out_type: Any, scratch: Any = ()):
+ALONE = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2 * REDUCTION)
+
+
+def launch_alone(
+  name: str, body, grid: dict[str, int], out_type: Any, scratch: Any = (), params: Any = ALONE
+):
   """`plgpu.kernel` with one warpgroup per point of the grid, which feeds itself."""
   return plgpu.kernel(
     body,
@@ -361,6 +366,6 @@ def launch_alone(name: str, body, grid: dict[str, int], out_type: Any, scratch: 
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
     kernel_name=name,
-    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2 * REDUCTION),
+    compiler_params=params,
     scratch_types={"scratch": scratch},
   )
