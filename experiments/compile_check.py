@@ -147,10 +147,11 @@ def merged(
   return [rows[what] for what in sorted(rows, key=place)]
 
 
-def environment() -> dict[str, Any]:
-  """With what the rows were made."""
+def environment(before: Mapping[str, str | None]) -> dict[str, Any]:
+  """With what the rows were made: what is not here now has the version that earlier rows had."""
   told = provenance.environment(PACKAGES)
-  return told | {"versions": told["versions"] | {"ptxas": _ptxas()}}
+  versions = told["versions"] | {"ptxas": _ptxas()}
+  return told | {"versions": {name: now or before.get(name) for name, now in versions.items()}}
 
 
 def _ptxas() -> str | None:
@@ -246,11 +247,13 @@ def main(argv: Sequence[str]) -> int:
     if not asked.jobs:
       raise UserError("; ".join(f"{what}: {why}" for what, why in asked.absent.items()))
     processes = options.jobs or len(os.sched_getaffinity(0))
-    kept = _read(path)["rows"] if options.add and path.exists() else []
-    rows = merged(kept, compile_all(asked.jobs, processes, options.timeout))
+    kept = _read(path) if options.add and path.exists() else {"environment": {}, "rows": []}
+    rows = merged(kept["rows"], compile_all(asked.jobs, processes, options.timeout))
     results: dict[str, Any] = {
-      "environment": environment(), "absent": asked.absent, "rows": rows
-    }  # fmt: skip
+      "environment": environment(kept["environment"].get("versions", {})),
+      "absent": asked.absent,
+      "rows": rows,
+    }
     files.write_results(path, results)
   else:
     results = _read(path)
