@@ -179,9 +179,15 @@ def _step(
   entries = form.enter(state.entries, state.steps, new, merged)
   state = dataclasses.replace(state, entries=entries)
   read = form.query(state, q.reshape(-1).astype(jnp.float32), N // K)
+  read = read[:, :-1] / jnp.maximum(read[:, -1:], 1.0)
   out = jnp.where(valid[:, None, None], read.reshape(B, N, -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)
   return dataclasses.replace(state, length=length, steps=state.steps + 1), out
+
+
+def _side(x: Array, y: Array) -> Array:
+  """Which of `HullState.extremes` a query along an axis asks for."""
+  return jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
 
 
 def _along_axes(state: HullState, key: Array, new: Array, keep: Array) -> HullState:
@@ -367,7 +373,9 @@ def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> t
 
 
 def _query_all(state: HullState, query: Array, group: int) -> Array:
-  """What all queries read: `query` is flat, and `group` of them in a row read one key head."""
+  """What all queries read, sums and numbers: `query` is flat, and `group` of them in a row read one
+  key head.
+  """
   heads, asks, w = state.heads, query.shape[0] // 2, state.width
   along_axes = state.along_axes.reshape(-1)
 
@@ -383,13 +391,12 @@ def _query_all(state: HullState, query: Array, group: int) -> Array:
 
     out = lax.fori_loop(0, count, add, out)
     axis = (x == 0) | (y == 0)
-    side = jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
+    side = _side(x, y)
     start = (side * heads + head) * w
     return found, native.add(out, ask * w, along_axes, start, jnp.where(axis, w, 0), True)
 
   start = jnp.zeros(_DEPTH + 1, jnp.int32), native.unwritten(jnp.zeros(asks * w + 1), 1)
-  out = lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
-  return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)
+  return lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
 
 
 # On a chip: each tree and each query is a program, and what is left of a step is array operations.
@@ -436,11 +443,10 @@ def _query_on_chip(state: HullState, query: Array, group: int) -> Array:
   entries = state.entries.reshape(-1, state.heads, state.width)
   read = entries[jnp.where(counts, found, 0), head[:, None]]
   x, y = query.T
-  side = jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
+  side = _side(x, y)
   axis = ((x == 0) | (y == 0))[:, None]
   out = jnp.where(counts[..., None], read, 0.0).sum(1)
-  out = jnp.where(axis, state.along_axes[side, head], out)
-  return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)
+  return jnp.where(axis, state.along_axes[side, head], out)
 
 
 class _Form(NamedTuple):
