@@ -11,9 +11,10 @@ q_y < 0 asks a second tree of the keys turned around. A line that loses at both 
 it would sink into is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
 
 On a CPU the program is loops over single numbers, all trees in turn (`attention.native`): a walk
-down one is some 20 steps of a few nanoseconds. On Hopper GPUs each tree is a program of its own
-(`pallas_kernels.hull_hopper`), which pays where a scan of all keys (`attention.ops.hardmax.step`)
-has some 10^7 of them to read, heads together, by calculation. Nothing is for TPUs.
+down one is some 20 steps of a few nanoseconds. That is one core; `over_heads` uses all. On Hopper
+GPUs each tree is a program of its own (`pallas_kernels.hull_hopper`), which pays where a scan of
+all keys (`attention.ops.hardmax.step`) has some 10^7 of them to read, heads together, by
+calculation. Nothing is for TPUs.
 
 Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
 are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
@@ -33,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attention import chips, kernels, native, plane
 from attention.dispatch import Implementation, choose
@@ -152,8 +153,8 @@ def step(
   *,
   implementation: str | None = None,
 ) -> tuple[HullState, Float[Array, "B N h"]]:
-  """Reads one token, its own key included: 66 dependent steps at most, 33 down with the key and 33
-  with the query.
+  """Reads one token, its own key included: 33 dependent reads at most on a chip, where queries go
+  down beside the key. Loops take one walk after the other.
 
   Donate the state to the jitted function that calls this, or all of it is copied.
   `implementation` is "loops", for CPUs, or "hopper"; None: the kernel on its chip, else loops.
@@ -161,28 +162,101 @@ def step(
   return _steps(implementation)(state, q, k, v, jnp.ones(q.shape[:1], bool))
 
 
+class Functions(NamedTuple):
+  """This module's functions of these names, on a mesh."""
+
+  init_state: Callable[..., HullState]
+  prefill: Callable[..., tuple[HullState, Array]]
+  step: Callable[..., tuple[HullState, Array]]
+
+
+def over_heads(mesh: jax.sharding.Mesh, axis: str) -> Functions:
+  """Decoding with the heads cut over an axis of the mesh: how a CPU uses more than one core, after
+  `jax.config.update("jax_num_cpu_devices", 2)`.
+
+  Raises: ValueError: heads that the devices do not divide.
+  """
+  devices, P = mesh.shape[axis], jax.P
+  cut = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+  def where(ties: str) -> HullState:
+    parts: list[Any] = [P(axis)] * 3 + [P(None, axis)] * 2 + [P()] * 2
+    return HullState(*parts, ties=ties)
+
+  def init(batch, *, num_heads, num_kv_heads, ties="average", **others):
+    for name, heads in ("num_heads", num_heads), ("num_kv_heads", num_kv_heads):
+      if heads % devices:
+        raise ValueError(f"{name}={heads} must be a multiple of {devices}, the devices of {axis!r}")
+    few = {"num_heads": num_heads // devices, "num_kv_heads": num_kv_heads // devices}
+    make = functools.partial(init_state, batch, ties=ties, **few, **others)
+    return jax.jit(cut(make, in_specs=(), out_specs=where(ties)))()
+
+  def read(state, q, k, v, *, lengths=None, implementation=None):
+    run = lambda *inputs: prefill(*inputs[:4], lengths=inputs[4], implementation=implementation)
+    return over(run, P(None, None, axis), state, q, k, v, lengths)
+
+  def one(state, q, k, v, *, implementation=None):
+    return over(
+      functools.partial(step, implementation=implementation), P(None, axis), state, q, k, v
+    )
+
+  def over(run, heads, state, q, k, v, *whole):
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+    given = [place(x, heads) for x in (q, k, v)] + [place(x, P()) for x in whole]
+    cuts = where(state.ties), *[heads] * 3, *[P()] * len(whole)
+    return cut(run, in_specs=cuts, out_specs=(cuts[0], heads))(state, *given)
+
+  return Functions(init, read, one)
+
+
 def _steps(implementation: str | None) -> Callable[..., tuple[HullState, Array]]:
   form = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, None)].run(None)
   return functools.partial(_step, form)
 
 
+class _Token(NamedTuple):
+  """What one step brings, X = B K heads."""
+
+  key: Float[Array, "X 2"]
+  new: Float[Array, "X w"]
+  """Its entries."""
+  keep: Bool[Array, " X"]
+  query: Float[Array, "G*X 2"]
+  """Of each head its G queries in a row."""
+
+  @property
+  def group(self) -> int:
+    """G."""
+    return self.query.shape[0] // self.key.shape[0]
+
+
 def _step(
-  form: "_Form", state: HullState, q: Array, k: Array, v: Array, valid: Array
-) -> tuple[HullState, Array]:
-  (B, N, _), K = q.shape, k.shape[1]
-  keep = jnp.repeat(valid & (state.steps < state.capacity), K)
-  key, value = k.reshape(B * K, 2).astype(jnp.float32), v.astype(jnp.float32).reshape(B * K, -1)
-  new = jnp.concatenate([value, jnp.ones((B * K, 1))], axis=1)
-  state, merged = form.insert(state, key.reshape(-1), keep)
-  state = _along_axes(state, key, new, keep)
-  merged = None if state.ties == "latest" else merged.reshape(-1, 2)
-  entries = form.enter(state.entries, state.steps, new, merged)
-  state = dataclasses.replace(state, entries=entries)
-  read = form.query(state, q.reshape(-1).astype(jnp.float32), N // K)
+  form: Callable[[HullState, _Token], tuple[HullState, Array]],
+  state: HullState, q: Array, k: Array, v: Array, valid: Array,
+) -> tuple[HullState, Array]:  # fmt: skip
+  B, X = q.shape[0], k.shape[0] * k.shape[1]
+  value = v.astype(jnp.float32).reshape(X, -1)
+  token = _Token(
+    k.reshape(X, 2).astype(jnp.float32),
+    jnp.concatenate([value, jnp.ones((X, 1))], axis=1),
+    jnp.repeat(valid & (state.steps < state.capacity), k.shape[1]),
+    q.reshape(-1, 2).astype(jnp.float32),
+  )
+  state, read = form(state, token)
   read = read[:, :-1] / jnp.maximum(read[:, -1:], 1.0)
-  out = jnp.where(valid[:, None, None], read.reshape(B, N, -1), 0.0).astype(v.dtype)
+  out = jnp.where(valid[:, None, None], read.reshape(B, q.shape[1], -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)
   return dataclasses.replace(state, length=length, steps=state.steps + 1), out
+
+
+def _remember(
+  enter: Callable[[Array, Array, Array, Array | None], Array],
+  state: HullState, token: _Token, merged: Array,
+) -> HullState:  # fmt: skip
+  """The entries of a token whose keys are in the trees; they merged with these, by tree."""
+  merges = None if state.ties == "latest" else merged.reshape(-1, 2)
+  entries = enter(state.entries, state.steps, token.new, merges)
+  return dataclasses.replace(_along_axes(state, token), entries=entries)
 
 
 def _side(x: Array, y: Array) -> Array:
@@ -190,9 +264,9 @@ def _side(x: Array, y: Array) -> Array:
   return jnp.where(x > 0, 1, jnp.where(x < 0, 2, jnp.where(y > 0, 3, jnp.where(y < 0, 4, 0))))
 
 
-def _along_axes(state: HullState, key: Array, new: Array, keep: Array) -> HullState:
+def _along_axes(state: HullState, token: _Token) -> HullState:
   """What queries along an axis read, with one more key."""
-  x, y = key.T
+  (x, y), new, keep = token.key.T, token.new, token.keep
   sides = jnp.stack([jnp.zeros_like(x), x, -x, y, -y])
   more, tie = keep[None] & (sides > state.extremes), keep[None] & (sides == state.extremes)
   joined = new[None] if state.ties == "latest" else state.along_axes + new[None]
@@ -211,9 +285,8 @@ class _Line(NamedTuple):
 
 
 class _Place(NamedTuple):
-  """A node of one tree, and the slopes that it answers for, as ordered integers."""
+  """The slopes that a node answers for, as ordered integers."""
 
-  node: Array
   low: Array
   high: Array
 
@@ -221,14 +294,13 @@ class _Place(NamedTuple):
   def middle(self) -> Array:
     return self.low + ((self.high - self.low) >> 1)
 
-  def below(self, node: Array, right: Array) -> "_Place":
+  def half(self, right: Array) -> "_Place":
     middle = self.middle
-    low, high = jnp.where(right, middle + 1, self.low), jnp.where(right, self.high, middle)
-    return _Place(node, low, high)
+    return _Place(jnp.where(right, middle + 1, self.low), jnp.where(right, self.high, middle))
 
 
 def _root() -> _Place:
-  return _Place(jnp.int32(0), *(jnp.uint32(end) for end in _SLOPES))
+  return _Place(*(jnp.uint32(end) for end in _SLOPES))
 
 
 def _lead(one: _Line, other: _Line, slope: Array) -> Array:
@@ -239,7 +311,12 @@ def _lead(one: _Line, other: _Line, slope: Array) -> Array:
 class _Sinking(NamedTuple):
   """A line on its way down."""
 
+  node: Array
+  """Where it comes to."""
   place: _Place
+  """Of the node before."""
+  turned: Array
+  """What was decided there, packed: whether it went right; whether nothing was, at the root; ..."""
   line: _Line
   used: Array
   merged: Array
@@ -247,31 +324,34 @@ class _Sinking(NamedTuple):
   going: Array
   """0 at the end."""
 
-  @property
-  def node(self) -> Array:
-    return self.place.node
-
 
 def _start_sinking(x: Array, y: Array, token: Array, used: Array, keep: Array) -> _Sinking:
-  return _Sinking(_root(), _Line(x, y, token), used, jnp.int32(-1), keep)
+  root, turned = jnp.int32(0), native.pack(jnp.array(False), jnp.array(True))
+  return _Sinking(root, _root(), turned, _Line(x, y, token), used, jnp.int32(-1), keep)
 
 
 def _meet(ties: str, row: Any, c: _Sinking) -> tuple[tuple[Array, ...], _Sinking]:
   """The line meets a node, whose numbers are `row`: the better one stays, the other goes on."""
   there, line = _Line(native.floats(row[0]), native.floats(row[1]), row[2]), c.line
+  right, root = native.unpack(c.turned, 2)
+  place = _Place(
+    *(jnp.where(root, a, b) for a, b in zip(c.place, c.place.half(right), strict=True))
+  )
   empty = c.node == c.used
-  lead = _lead(line, there, plane.from_ordered_bits(c.place.middle))
+  lead = _lead(line, there, plane.from_ordered_bits(place.middle))
   same = line.x == there.x
   equal = same & (line.y == there.y) & ~empty
   # Of lines that meet in the middle the flatter one sinks: the left half has the middle.
   wins = jnp.where(same, line.y > there.y, (lead > 0) | ((lead == 0) & (line.x > there.x)))
   wins = empty | wins | (equal if ties == "latest" else False)
+  right = ((line.x > there.x) != wins) & ~same
+  turned = native.pack(right, jnp.array(False), wins, empty, same, equal, lead != 0)
+  right, _, wins, empty, same, equal, apart = native.unpack(turned, 7)
   choose = lambda a, b: _Line(*(jnp.where(wins, x, y) for x, y in zip(a, b, strict=True)))
   upper, lower = choose(line, there), choose(there, line)
-  right = lower.x > upper.x
-  end = plane.from_ordered_bits(jnp.where(right, c.place.high, c.place.low))
-  hopeless = (lead != 0) & (_lead(lower, upper, end) < 0)
-  stop = empty | same | hopeless | (c.place.low == c.place.high)
+  end = plane.from_ordered_bits(jnp.where(right, place.high, place.low))
+  hopeless = apart & (_lead(lower, upper, end) < 0)
+  stop = empty | same | hopeless | (place.low == place.high)
   child = jnp.where(right, row[4], row[3])
   new = ~stop & (child == 0)
   child = jnp.where(new, c.used, child)
@@ -282,7 +362,7 @@ def _meet(ties: str, row: Any, c: _Sinking) -> tuple[tuple[Array, ...], _Sinking
   )  # fmt: skip
   merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
   used, going = c.used + empty.astype(jnp.int32), jnp.where(stop, 0, 1)
-  return row, _Sinking(c.place.below(child, right), lower, used, merged, going)
+  return row, _Sinking(child, place, turned, lower, used, merged, going)
 
 
 def _sink(ties: str, base: Array, carry: tuple[native.Rows, _Sinking]):
@@ -292,16 +372,22 @@ def _sink(ties: str, base: Array, carry: tuple[native.Rows, _Sinking]):
   return native.Rows(array, at, jnp.stack(row)), c
 
 
-def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
+def _by_loops(state: HullState, token: _Token) -> tuple[HullState, Array]:
+  state, merged = _insert_all(state, token)
+  state = _remember(native.entered, state, token, merged)
+  return state, _query_all(state, token)
+
+
+def _insert_all(state: HullState, token: _Token) -> tuple[HullState, Array]:
   """All keys into both trees of their heads; and the entries that they merged with, by tree."""
-  size = _WIDTH * (state.capacity + 1)
+  size, key = _WIDTH * (state.capacity + 1), token.key.reshape(-1)
 
   def one(tree, carry):
     nodes, used, merged = carry
     head, sign = tree >> 1, jnp.where(tree & 1 == 0, 1.0, -1.0)
     x, y = (sign * native.get(key, 2 * head + i) for i in (0, 1))
-    kept = native.get(keep, head).astype(jnp.int32)
-    c = _start_sinking(x, y, state.steps, native.get(used, tree), kept)
+    keep = native.get(token.keep, head).astype(jnp.int32)
+    c = _start_sinking(x, y, state.steps, native.get(used, tree), keep)
     sink = functools.partial(_sink, state.ties, tree * size)
     nodes, c = lax.while_loop(lambda c: c[1].going != 0, sink, (nodes, c))
     return nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
@@ -314,7 +400,10 @@ def _insert_all(state: HullState, key: Array, keep: Array) -> tuple[HullState, A
 class _Seeking(NamedTuple):
   """A query on its way down."""
 
+  node: Array
+  """Where it comes to."""
   place: _Place
+  """Of that node."""
   best: Array
   last: Array
   """The last entry that has the best score."""
@@ -323,15 +412,12 @@ class _Seeking(NamedTuple):
   going: Array
   """0 at the end."""
 
-  @property
-  def node(self) -> Array:
-    return self.place.node
-
 
 def _start_seeking(x: Array, y: Array, used: Array) -> _Seeking:
   """Along an axis what is read is known without a walk."""
   going = jnp.where((x == 0) | (y == 0) | (used == 0), 0, 1)
-  return _Seeking(_root(), jnp.float32(-jnp.inf), jnp.int32(0), jnp.int32(0), going)
+  none = jnp.int32(0)
+  return _Seeking(none, _root(), jnp.float32(-jnp.inf), none, none, going)
 
 
 def _look(
@@ -352,7 +438,7 @@ def _look(
   child = jnp.where(right, row[4], row[3])
   going = jnp.where((child == 0) | (c.place.low == c.place.high), 0, 1)
   best = jnp.maximum(c.best, height)
-  return _Seeking(c.place.below(child, right), best, last, count, going), slot, entry
+  return _Seeking(child, c.place.half(right), best, last, count, going), slot, entry
 
 
 def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> tuple[Array, Array]:
@@ -372,16 +458,14 @@ def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> t
   return found, c.count
 
 
-def _query_all(state: HullState, query: Array, group: int) -> Array:
-  """What all queries read, sums and numbers: `query` is flat, and `group` of them in a row read one
-  key head.
-  """
-  heads, asks, w = state.heads, query.shape[0] // 2, state.width
-  along_axes = state.along_axes.reshape(-1)
+def _query_all(state: HullState, token: _Token) -> Array:
+  """What all queries read, sums and numbers."""
+  heads, asks, w = state.heads, token.query.shape[0], state.width
+  query, along_axes = token.query.reshape(-1), state.along_axes.reshape(-1)
 
   def one(ask, carry):
     found, out = carry
-    head = lax.div(ask, jnp.int32(group))
+    head = lax.div(ask, jnp.int32(token.group))
     x, y = native.get(query, 2 * ask), native.get(query, 2 * ask + 1)
     found, count = _query(state, head, x, y, found)
 
@@ -399,17 +483,27 @@ def _query_all(state: HullState, query: Array, group: int) -> Array:
   return lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
 
 
-# On a chip: each tree and each query is a program, and what is left of a step is array operations.
+# On a chip: each tree is a program, and what is left of a step is array operations.
 
 
-def _insert_on_chip(state: HullState, key: Array, keep: Array) -> tuple[HullState, Array]:
+def _on_chip(state: HullState, token: _Token) -> tuple[HullState, Array]:
   chip = kernels.module("hull", "hopper")
-  keys = jnp.stack([key.reshape(-1, 2), -key.reshape(-1, 2)], axis=1).reshape(-1, 2)
-  kept = jnp.repeat(keep.astype(jnp.int32), 2)
-  given = chip.Keys(state.nodes, state.used, keys, kept, state.steps[None])
-  meet, size = functools.partial(_meet, state.ties), state.capacity + 1
-  nodes, used, merged = chip.insert(given, size=size, width=_WIDTH, start=_start_sinking, meet=meet)
-  return dataclasses.replace(state, nodes=nodes, used=used), merged
+
+  def walk(x, y):
+    aim = plane.direction(x, y)
+    look = functools.partial(_look, state.ties, chip.score, aim)
+    return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
+
+  tree = chip.Tree(state.capacity + 1, _WIDTH, _DEPTH + 1)
+  rules = chip.Rules(_start_sinking, functools.partial(_meet, state.ties), walk)
+  given = chip.Inputs(
+    state.nodes, state.used, token.key, token.keep.astype(jnp.int32), state.steps[None],
+    token.query,
+  )  # fmt: skip
+  nodes, walked = chip.step(given, tree, rules)
+  state = dataclasses.replace(state, nodes=nodes, used=walked.used)
+  state = _remember(_enter_on_chip, state, token, walked.merged)
+  return state, _read_on_chip(state, token, walked.found, walked.count)
 
 
 def _enter_on_chip(entries: Array, token: Array, new: Array, merged: Array | None) -> Array:
@@ -425,44 +519,19 @@ def _enter_on_chip(entries: Array, token: Array, new: Array, merged: Array | Non
   return entries.reshape(-1)
 
 
-def _query_on_chip(state: HullState, query: Array, group: int) -> Array:
-  chip = kernels.module("hull", "hopper")
-  query, size = query.reshape(-1, 2), state.capacity + 1
-
-  def walk(x, y):
-    aim = plane.direction(x, y)
-    look = functools.partial(_look, state.ties, chip.score, aim)
-    return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
-
-  found, count = chip.query(
-    chip.Queries(state.nodes, state.used, query), group=group, depth=_DEPTH + 1, size=size,
-    width=_WIDTH, walk=walk,
-  )  # fmt: skip
-  head = jnp.arange(query.shape[0], dtype=jnp.int32) // group
+def _read_on_chip(state: HullState, token: _Token, found: Array, count: Array) -> Array:
+  """What all queries read, sums and numbers, of the first `count` entries that each one found."""
+  head = jnp.arange(token.query.shape[0], dtype=jnp.int32) // token.group
   counts = jnp.arange(found.shape[1])[None] < count[:, None]
   entries = state.entries.reshape(-1, state.heads, state.width)
   read = entries[jnp.where(counts, found, 0), head[:, None]]
-  x, y = query.T
-  side = _side(x, y)
-  axis = ((x == 0) | (y == 0))[:, None]
   out = jnp.where(counts[..., None], read, 0.0).sum(1)
-  return jnp.where(axis, state.along_axes[side, head], out)
-
-
-class _Form(NamedTuple):
-  """The parts of a step that depend on the chip."""
-
-  insert: Callable[[HullState, Array, Array], tuple[HullState, Array]]
-  enter: Callable[[Array, Array, Array, Array | None], Array]
-  query: Callable[[HullState, Array, int], Array]
+  x, y = token.query.T
+  axis = ((x == 0) | (y == 0))[:, None]
+  return jnp.where(axis, state.along_axes[_side(x, y), head], out)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
-  "hopper": Implementation(
-    lambda call: _Form(_insert_on_chip, _enter_on_chip, _query_on_chip),
-    lambda call: chips.not_hopper(),
-  ),
-  "loops": Implementation(
-    lambda call: _Form(_insert_all, native.entered, _query_all), lambda call: None
-  ),
+  "hopper": Implementation(lambda call: _on_chip, lambda call: chips.not_hopper()),
+  "loops": Implementation(lambda call: _by_loops, lambda call: None),
 }

@@ -50,6 +50,18 @@ def floats(x: Array) -> Array:
   return lax.bitcast_convert_type(x, jnp.float32)
 
 
+def pack(*flags: Array) -> Array:
+  """Booleans as the bits of an int32. XLA computes each result of a turn with all that it needs,
+  again and again; what a number carries into the next turn it computes once, for all of them.
+  """
+  return sum((flag.astype(jnp.int32) << n for n, flag in enumerate(flags)), jnp.int32(0))
+
+
+def unpack(packed: Array, count: int) -> list[Array]:
+  """The first `count` booleans of `pack`."""
+  return [((packed >> n) & 1) != 0 for n in range(count)]
+
+
 class Rows(NamedTuple):
   """An array, but for one row that is still to be written."""
 

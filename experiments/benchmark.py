@@ -294,7 +294,10 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
     return path, _read(path, options.suite)
   jax.config.update("jax_platforms", "cpu")
   if options.suite in HULL_SUITES:
-    _use_cores(HULL_SUITES[options.suite].cores)
+    suite = HULL_SUITES[options.suite]
+    _use_cores(suite.cores)
+    if jax.config.jax_num_cpu_devices < max(suite.devices):
+      jax.config.update("jax_num_cpu_devices", max(suite.devices))
     return path, hull.measure(options.suite, _environment({}), say)
   _use_cores(SUITES[options.suite].cores)
   return path, measure(options.suite, options.torch_python)

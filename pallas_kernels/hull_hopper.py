@@ -1,19 +1,16 @@
 """Walks down the trees of hard-max decoding on Hopper GPUs (sm_90a): one token, all trees at once.
 
 Of every batch row, head and half plane one program walks one tree: it reads a node, lets a pure
-function decide what the node becomes and where to go on, and writes it where it was. A walk is up
-to 33 reads that wait for each other, some 600 ns each from memory and 200 from the L2 cache, and
-trees do not wait for one another: a step costs about two walks, however many heads there are, until
-their reads fill the memory's 4.8 TB/s. All threads of a warpgroup do the same; the time is the
-reads'. No chip has run it yet.
+function decide what the node becomes and where to go on, and writes it where it was. Queries go
+down beside the key, a node a turn: what the key made of a node they have in common they take from
+it, and deeper it has changed nothing yet, so they read the tree that holds the key. A step is up to
+33 reads that wait for each other, some 600 ns each from memory and 200 from the L2 cache, however
+many heads there are, until their reads fill the memory's 4.8 TB/s. All threads of a warpgroup do
+the same; the time is the reads'. No chip has run it yet.
 
-The walk's rules are the caller's (`attention.hull`), with a state of single numbers:
-
-    meet(row, c) -> (row, c)              a key on its way down meets a node
-    seek(row, c) -> (c, slot, entry)      a query does; the entry is one that it may read
-
-`row` is a node, `width` int32, and `c` a tuple with the fields `node`, where to read next, and
-`going`, an int32 that is 0 where the walk ends.
+The walk's rules are the caller's (`attention.hull`), with a state of single numbers. A node is a
+`row` of int32, and `c` a tuple with the fields `node`, where to read next, and `going`, an int32
+that is 0 where the walk ends.
 """
 
 import functools
@@ -36,103 +33,136 @@ that must round as everywhere: no approximate math.
 """
 
 
-class Keys(NamedTuple):
-  """What an insertion reads."""
+class Tree(NamedTuple):
+  """The shape of a tree."""
+
+  size: int
+  """Nodes that there is room for."""
+  width: int
+  """Numbers of a node."""
+  depth: int
+  """Entries that a query finds at most."""
+
+
+class Rules(NamedTuple):
+  """How keys and queries walk."""
+
+  insert: Callable[..., Any]
+  """insert(x, y, token, used, keep) -> c, whose end has the fields `used` and `merged`."""
+  meet: Callable[..., Any]
+  """meet(row, c) -> (row, c): a key on its way down meets a node."""
+  ask: Callable[..., Any]
+  """ask(x, y) -> (which of the head's two trees is asked, start, seek): start(used) -> c, whose end
+  has the field `count`, and seek(row, c) -> (c, slot, entry), an entry that the query may read.
+  """
+
+
+class Inputs(NamedTuple):
+  """What a step reads, of X heads with G queries each."""
 
   nodes: Any
-  """int32, tree after tree, `size` nodes of `width` numbers; the kernel also writes it."""
+  """int32, tree after tree; the kernel also writes it."""
   used: Any
-  """int32 `trees`."""
+  """int32 `2X`: the nodes of each tree."""
   keys: Any
-  """float32 `trees 2`."""
+  """float32 `X 2`, turned around for the second tree of a head."""
   keep: Any
-  """int32 `trees`: 0 leaves a tree as it is."""
+  """int32 `X`: 0 leaves a tree as it is."""
   token: Any
   """int32 `1`."""
-
-
-class Queries(NamedTuple):
-  """What queries read."""
-
-  nodes: Any
-  used: Any
   queries: Any
-  """float32 `queries 2`."""
+  """float32 `G*X 2`, the queries of a head in a row."""
 
 
-def _insert(
-  inputs: Keys, used_gmem, merged_gmem, *, scratch, size: int, width: int, start: Any, meet: Any
-):
+class Walked(NamedTuple):
+  """What a step finds, beside the nodes."""
+
+  used: Any
+  merged: Any
+  """int32 `2X`, of the keys."""
+  found: Any
+  """int32 `G*X depth`: entries."""
+  count: Any
+  """int32 `G*X`: how many of them count."""
+
+
+def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules):
   del scratch
-  tree = lax.axis_index("tree")
-  x, y = inputs.keys[tree, 0], inputs.keys[tree, 1]
-  c = start(x, y, inputs.token[0], inputs.used[tree], inputs.keep[tree])
-
-  def turn(c):
-    at = (tree * size + c.node) * width
-    row, c = meet(tuple(inputs.nodes[at + i] for i in range(width)), c)
-    for i, x in enumerate(row):
-      inputs.nodes[at + i] = x
-    return c
-
-  c = lax.while_loop(lambda c: c.going != 0, turn, c)
-  used_gmem[tree] = c.used
-  merged_gmem[tree] = c.merged
-
-
-def insert(
-  keys: Keys, *, size: int, width: int, start: Callable[..., Any], meet: Callable[..., Any]
-) -> tuple[Array, Array, Array]:
-  """All keys, each into its tree: (nodes, used, merged). `start(x, y, token, used, keep)` begins a
-  walk, whose end has the fields `used` and `merged`.
-  """
-  trees = keys.used.shape[0]
-  shape = jax.ShapeDtypeStruct((trees,), jnp.int32)
-  body = functools.partial(_insert, size=size, width=width, start=start, meet=meet)
-  kernel = hopper.launch_alone(
-    "hull_insert", body, {"tree": trees}, (shape, shape), params=_LOWERING
+  out, mine = Walked(*outputs), lax.axis_index("tree")
+  head, half = lax.div(mine, jnp.int32(2)), lax.rem(mine, jnp.int32(2))
+  keep, used = inputs.keep[head], inputs.used[mine]
+  x, y = (jnp.where(half == 0, z, -z) for z in (inputs.keys[head, 0], inputs.keys[head, 1]))
+  group = inputs.queries.shape[0] // inputs.keys.shape[0]
+  asks = [head * group + i for i in range(group)]
+  halves, starts, seeks = zip(
+    *(rules.ask(inputs.queries[ask, 0], inputs.queries[ask, 1]) for ask in asks), strict=True
   )
+  seeking = [start(used + keep) for start in starts]
+  seeking = [
+    s._replace(going=jnp.where(lower == half, s.going, 0))
+    for lower, s in zip(halves, seeking, strict=True)
+  ]
+
+  def read(c):
+    at = (mine * tree.size + c.node) * tree.width
+    return tuple(inputs.nodes[at + i] for i in range(tree.width))
+
+  def turn(carry):
+    key, queries = carry
+    node, *rows = (read(c) for c in (key, *queries))
+    node, after = rules.meet(node, key)
+
+    @pl.when(key.going != 0)
+    def _():
+      for i, number in enumerate(node):
+        inputs.nodes[(mine * tree.size + key.node) * tree.width + i] = number
+
+    moved = []
+    for ask, seek, c, row in zip(asks, seeks, queries, rows, strict=True):
+      met = (key.going != 0) & (c.node == key.node)
+      row = tuple(jnp.where(met, new, old) for new, old in zip(node, row, strict=True))
+      then, slot, entry = seek(row, c)
+
+      @pl.when(c.going != 0)
+      def _(ask=ask, slot=slot, entry=entry):
+        out.found[ask, slot] = entry
+
+      moved.append(_gone_on(c, then))
+    return _gone_on(key, after), moved
+
+  start = rules.insert(x, y, inputs.token[0], used, keep), seeking
+  any_goes = lambda carry: sum(c.going for c in (carry[0], *carry[1])) != 0
+  key, seeking = lax.while_loop(any_goes, turn, start)
+  out.used[mine], out.merged[mine] = key.used, key.merged
+  for ask, lower, c in zip(asks, halves, seeking, strict=True):
+
+    @pl.when(lower == half)
+    def _(ask=ask, c=c):
+      out.count[ask] = c.count
+
+
+def _gone_on(c: Any, then: Any) -> Any:
+  """The next state of a walk, unless it has ended."""
+  return jax.tree.map(lambda old, new: jnp.where(c.going != 0, new, old), c, then)
+
+
+def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:
+  """All keys, each into the trees of its head, and all queries: the nodes, and what was found."""
+  trees, asks = inputs.used.shape[0], inputs.queries.shape[0]
+  shapes = (trees,), (trees,), (asks, tree.depth), (asks,)
+  kernel = hopper.launch_alone(
+    "hull_step", functools.partial(_walk, tree=tree, rules=rules), {"tree": trees},
+    tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes), params=_LOWERING,
+  )  # fmt: skip
 
   def run(refs):
-    nodes, used, merged = refs
-    used[...], merged[...] = kernel(keys._replace(nodes=nodes))
+    nodes, walked = refs
+    found = kernel(inputs._replace(nodes=nodes))
+    for ref, x in zip(walked, found, strict=True):
+      ref[...] = x
 
-  zeros = jnp.zeros(shape.shape, shape.dtype)
-  return pl.run_state(run)((keys.nodes, zeros, zeros))
-
-
-def _query(
-  inputs: Queries, found_gmem, count_gmem, *, scratch, group: int, size: int, width: int, walk: Any
-):
-  del scratch
-  ask = lax.axis_index("ask")
-  lower, start, seek = walk(inputs.queries[ask, 0], inputs.queries[ask, 1])
-  tree = 2 * lax.div(ask, group) + lower
-  c = start(inputs.used[tree])
-
-  def turn(c):
-    at = (tree * size + c.node) * width
-    c, slot, entry = seek(tuple(inputs.nodes[at + i] for i in range(width)), c)
-    found_gmem[ask, slot] = entry
-    return c
-
-  c = lax.while_loop(lambda c: c.going != 0, turn, c)
-  count_gmem[ask] = c.count
-
-
-def query(
-  queries: Queries, *, group: int, depth: int, size: int, width: int, walk: Callable[..., Any]
-) -> tuple[Array, Array]:
-  """The entries that each query found, `queries depth`, and how many of them count.
-
-  `group` queries in a row are one head's; `walk(x, y)` says which of the head's two trees is to be
-  asked, what begins with its number of nodes, and what then seeks: its end has the field `count`.
-  """
-  asks = queries.queries.shape[0]
-  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-  body = functools.partial(_query, group=group, size=size, width=width, walk=walk)
-  found = shape((asks, depth)), shape((asks,))
-  return hopper.launch_alone("hull_query", body, {"ask": asks}, found, params=_LOWERING)(queries)
+  walked = Walked(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
+  return pl.run_state(run)((inputs.nodes, walked))
 
 
 def score(query: tuple[Array, Array], key: tuple[Array, Array]) -> Array:

@@ -388,9 +388,15 @@ def _planar(call: Call) -> str | None:
   return hardmax_levels.unsupported(call.query, call.key, call.mask)
 
 
+def _length(call: Call) -> int:
+  """Of the square call that compares as this one does: T S for a scan with T + S for `bulk`."""
+  T, S = call.query.shape[1], call.key.shape[1]
+  return 2 * T * S // max(T + S, 1)
+
+
 def _short(call: Call) -> str | None:
-  longest = max(call.query.shape[1], call.key.shape[1])
-  return f"up to {CROSSOVER} tokens tiles are faster: {longest}" if longest < CROSSOVER else None
+  length = _length(call)
+  return f"up to {CROSSOVER} tokens tiles are faster: {length}" if length < CROSSOVER else None
 
 
 def _empty(call: Call) -> str | None:
@@ -399,10 +405,10 @@ def _empty(call: Call) -> str | None:
 
 
 def _long(call: Call) -> str | None:
-  longest = max(call.query.shape[1], call.key.shape[1])
-  if longest < KERNEL_CROSSOVER or _planar(call):
+  length = _length(call)
+  if length < KERNEL_CROSSOVER or _planar(call):
     return None
-  return f"from {KERNEL_CROSSOVER} tokens on 'bulk' has less to do: {longest}"
+  return f"from {KERNEL_CROSSOVER} tokens on 'bulk' has less to do: {length}"
 
 
 def _by_kernel(chip: str) -> Implementation:

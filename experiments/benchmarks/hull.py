@@ -4,11 +4,14 @@
 
 A stream of tokens grows to each length; there hull and scan take turns, a window of tokens each. A
 scan is the fastest that XLA makes of the equation: one pass for the maximum, one that sums the
-values that reach it. Many heads step together in one state, which grows to the end once. Of all
+values that reach it. Many heads step together in one state, which grows to the end once, on one
+core and, half of them each, on two. Of all
 queries at once, the scan of the longest length is timed for its last queries only and multiplied by
 the squares that a causal call has: it would take half an hour.
 """
 
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +38,14 @@ class HullSuite(NamedTuple):
   together: tuple[str, ...]
   """The families of the heads that step together."""
   heads: int
+  devices: tuple[int, ...]
+  """Over how many of them, a core each."""
   bulk: tuple[int, ...]
   """Tokens of a call of all queries at once."""
   scanned: int
   """The longest of these that a scan runs whole."""
+  top_k: tuple[int, ...]
+  """Tokens of a call that takes the best `TOP` keys of each query."""
   rounds: int
   cores: int
 
@@ -49,8 +56,10 @@ HULL_SUITES: Final[Mapping[str, HullSuite]] = {
     lengths=(1000, 10_000, 100_000, 1_000_000),
     together=("gaussian", "parabola"),
     heads=126,
+    devices=(1, 2),
     bulk=(2**12, 2**13, 2**14, 2**15, 2**16, 2**18, 2**20),
     scanned=2**16,
+    top_k=(2**12, 2**13, 2**14, 2**15),
     rounds=5,
     cores=2,
   ),
@@ -58,15 +67,18 @@ HULL_SUITES: Final[Mapping[str, HullSuite]] = {
     families=("circle",),
     lengths=(256, 1024),
     together=("gaussian",),
-    heads=3,
+    heads=4,
+    devices=(1, 2),
     bulk=(2**10,),
     scanned=2**10,
+    top_k=(2**8,),
     rounds=2,
     cores=0,
   ),
 }
 TOLERANCE = 2e-7
 """Of the score that was read, below the best one, over the greatest term of any score."""
+TOP = 8
 _CHECKED = 2048  # tokens of a stream whose answers are compared with a scan in float64
 _SHUFFLE = 0x9E3779B1  # odd, so that multiplying by it permutes residues of powers of two
 
@@ -74,12 +86,14 @@ _SHUFFLE = 0x9E3779B1  # odd, so that multiplying by it permutes residues of pow
 class Stream:
   """Tokens of some heads, and the hull that has read them."""
 
-  def __init__(self, family: str, heads: int, capacity: int) -> None:
+  def __init__(self, family: str, heads: int, capacity: int, devices: int = 1) -> None:
     self.family, self.heads, self.capacity = family, heads, capacity
     self.length = 0
+    mesh = jax.make_mesh((devices,), ("heads",), devices=jax.devices()[:devices])
+    decode = hull if devices == 1 else hull.over_heads(mesh, "heads")
     self.make = jax.jit(self._make, static_argnums=1)
-    self.read = jax.jit(hull.prefill, donate_argnums=0)
-    self.state = hull.init_state(
+    self.read = jax.jit(decode.prefill, donate_argnums=0)
+    self.state = decode.init_state(
       1, num_heads=heads, num_kv_heads=heads, value_dim=2, max_length=capacity
     )
 
@@ -134,12 +148,14 @@ def measure(
     errors[f"hull, {family}"] = _regret(family)
     rows += _one_head(suite, family)
     said(f"one head, {family}")
-  for family in suite.together:
-    rows += _together(suite, family)
-    said(f"{suite.heads} heads, {family}")
+  for family, devices in itertools.product(suite.together, suite.devices):
+    rows += _together(suite, family, devices)
+    said(f"{suite.heads} heads on {devices}, {family}")
   errors["bulk"] = _bulk_regret()
   times, memory = _bulk(suite)
   said("all queries at once")
+  times += _top_k(suite)
+  said(f"the best {TOP} keys of all queries")
   for who, error in errors.items():
     if not error <= TOLERANCE:
       raise RuntimeError(f"{who} is wrong: its regret is {error:.2g}")
@@ -181,16 +197,18 @@ def _one_head(suite: HullSuite, family: str) -> list[dict[str, Any]]:
   return rows
 
 
-def _together(suite: HullSuite, family: str) -> list[dict[str, Any]]:
+def _together(suite: HullSuite, family: str, devices: int) -> list[dict[str, Any]]:
   """Rows of a token of many heads, after n others."""
-  stream, rows = Stream(family, suite.heads, suite.lengths[-1] + 2 * K * (suite.rounds + 1)), []
+  capacity, rows = suite.lengths[-1] + 2 * K * (suite.rounds + 1), []
+  stream = Stream(family, suite.heads, capacity, devices)
+  who = f"{suite.heads} hulls" + (f" on {devices} cores" if devices > 1 else "")
   for n in suite.lengths:
     stream.grow(n)
     count = min(2 * K, n // 4)
     stream.window(count)
     seconds = [stream.window(count) for _ in range(suite.rounds)]
     nodes = int(stream.state.used.max())
-    rows.append(_row(f"{suite.heads} hulls, {family}", STEP, n, seconds, nodes=nodes))
+    rows.append(_row(f"{who}, {family}", STEP, n, seconds, nodes=nodes))
   return rows
 
 
@@ -219,6 +237,28 @@ def _bulk(suite: HullSuite) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     found = {"growth": needs.temp_size_in_bytes + needs.output_size_in_bytes, "qkvo": qkvo}
     memory.append({"contender": "bulk", "kind": FORWARD, "T": T} | found)
   return times, memory
+
+
+def _top_k(suite: HullSuite) -> list[dict[str, Any]]:
+  """Rows of time of a causal call that takes the best keys of each query, by layers of hulls and by
+  a scan. Nobody asks for the part of the softmax that they hold.
+  """
+  rows = []
+  for T in suite.top_k:
+    q, k, v = _planar(T)
+    seconds: dict[str, list[float]] = {"hulls": [], "scan": []}
+    attend = lambda form, *qkv: hardmax.top_k_attention(
+      *qkv, top_k=TOP, is_causal=True, implementation=form
+    )[0]
+    programs = {form: jax.jit(functools.partial(attend, form)) for form in seconds}
+    for index in range(suite.rounds + 1):
+      for form, program in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(program(q, k, v))
+        if index:  # the first compiles
+          seconds[form].append(time.perf_counter() - start)
+    rows += [_row(f"{form}, best {TOP}", FORWARD, T, times) for form, times in seconds.items()]
+  return rows
 
 
 def _planar(T: int) -> list[jax.Array]:
@@ -270,11 +310,13 @@ COLORS: Final = {
   "parabola": "#20803f",
   "circle": "#b8791a",
   "parabola, shuffled": "#7cb342",
+  f"best {TOP}": "#a0418a",
+  "scan": "#697386",
 }
 PANELS: Final = (
   ("hull, ", "scan, ", STEP, "one head: time of a token", "n, tokens before"),
-  (" hulls, ", None, STEP, "many heads together: time of a token", "n, tokens before"),
-  ("bulk", "scan", FORWARD, "one head: all queries at once", "T, tokens"),
+  (" hulls", None, STEP, "many heads together: time of a token", "n, tokens before"),
+  ("", "scan", FORWARD, "one head: all queries at once", "T, tokens"),
 )
 
 
@@ -290,7 +332,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
         points = sorted((r["T"], r["median"]) for r in rows if r["contender"] == name)
         color = next((c for end, c in COLORS.items() if name.endswith(end)), "#1f5fb4")
         style = {"linestyle": "--", "marker": "s"} if other else {"marker": "o"}
-        color = "#697386" if other and kind == FORWARD else color
+        style |= {"linestyle": ":"} if " cores" in name else {}
         panel.plot(*zip(*points, strict=True), label=name, color=color, **style)
     panel.set_xscale("log")
     panel.set_yscale("log")

@@ -134,6 +134,28 @@ def test_tokens_one_by_one_ragged_and_beyond_the_capacity():
         )
 
 
+def test_over_heads_changes_nothing_and_copies_no_tree():
+  """Two devices with two key heads each, against all in one place: a prefill, and then a step."""
+  decode = hull.over_heads(jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2]), "heads")
+  rng, given = np.random.default_rng(6), {"num_heads": 8, "num_kv_heads": 4, "value_dim": 2}
+  q = rng.integers(-3, 4, (2, 9, 8, 2)).astype(np.float32)
+  k, v = rng.integers(-3, 4, (2, 2, 9, 4, 2)).astype(np.float32)
+  lengths, outputs = jnp.array([8, 5]), []
+  for functions in (decode, hull):
+    state = functions.init_state(2, max_length=1000, ties="latest", **given)
+    read = jax.jit(functions.prefill, donate_argnums=0)
+    program = read.lower(state, q[:, :8], k[:, :8], v[:, :8], lengths=lengths).compile()
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < memory.alias_size_in_bytes / 4
+    state, out = read(state, q[:, :8], k[:, :8], v[:, :8], lengths=lengths)
+    state, last = jax.jit(functions.step)(state, q[:, 8], k[:, 8], v[:, 8])
+    outputs.append((out, last, state.length))
+  for one, other in zip(*outputs, strict=True):
+    np.testing.assert_array_equal(one, other)
+  with pytest.raises(ValueError, match="num_kv_heads=3 must be a multiple of 2, .* 'heads'"):
+    decode.init_state(1, num_heads=6, num_kv_heads=3, value_dim=2, max_length=4)
+
+
 @pytest.mark.parametrize("heads", [1, 126])
 def test_the_state_is_updated_in_place_by_native_loops(heads):
   """What a scan of steps needs beside its donated state does not grow with the capacity, and XLA

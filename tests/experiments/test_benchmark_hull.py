@@ -22,8 +22,9 @@ def test_everyone_is_measured_and_drawn(toy):
   results, picture = toy
   rows = {targets.key(row) for row in results["times"]}
   one = {f"{who}, circle/step/{n}" for who in ("hull", "scan") for n in (256, 1024)}
-  many = {f"3 hulls, gaussian/step/{n}" for n in (256, 1024)}
-  assert rows == one | many | {"bulk/forward/1024", "scan/forward/1024"}
+  many = {f"4 hulls{on}, gaussian/step/{n}" for on in ("", " on 2 cores") for n in (256, 1024)}
+  best = {f"{who}, best 8/forward/256" for who in ("hulls", "scan")}
+  assert rows == one | many | best | {"bulk/forward/1024", "scan/forward/1024"}
   assert set(results["errors"]) == {"hull, circle", "bulk"}
   assert all(0 <= error <= hull.TOLERANCE for error in results["errors"].values())
   assert picture.read_bytes().startswith(b"\x89PNG")
@@ -34,6 +35,7 @@ def test_a_wrong_answer_is_refused(monkeypatch):
   monkeypatch.setattr(hull, "_regret", lambda _: 1e-3)
   monkeypatch.setattr(hull, "_together", lambda *_: [])
   monkeypatch.setattr(hull, "_bulk", lambda _: ([], []))
+  monkeypatch.setattr(hull, "_top_k", lambda _: [])
   with pytest.raises(RuntimeError, match="hull, circle is wrong: its regret is 0.001"):
     hull.measure("hull-toy", {}, lambda _: None)
 

@@ -200,6 +200,9 @@ def test_what_runs():
   assert "runs 'tiled'" in explain(*array(64, 2), is_causal=True)
   assert "runs 'bulk'" in explain(*array(long, 2), is_causal=True)
   assert "runs 'tiled'" in explain(*array(long, 4), is_causal=True)
+  few, many = array(64, 2)[0], array(2**20, 2)[0]
+  assert "tiles are faster: 127" in explain(few, many, many)
+  assert "tiles are faster: 127" in explain(many, few, few)
   assert "runs 'tiled'" in explain(*array(long, 2), mask=masks.sliding_window(9))
   explain = functools.partial(attention.explain, hardmax.top_k_attention, top_k=8)
   assert explain(*array(long, 2), is_causal=True).startswith("top_k_attention runs 'hulls'")
