@@ -18,8 +18,10 @@ from attention import chips, hardmax_layers, hardmax_levels, masks, plane
 from attention.dispatch import Implementation, choose
 from attention.masks import Mask
 
-CROSSOVER = 2**12
-"""Below so many queries or keys `hulls` compiles for longer than it saves."""
+CROSSOVER = 2**13
+"""Below so many queries or keys `hulls` is no faster (experiments/results/hull.json), and compiles
+for longer.
+"""
 PER_KEY = 2**10
 """Below so many for each of `top_k` it is slower, on two CPU cores (BUILD_NOTES.md)."""
 MEASURED = 32
