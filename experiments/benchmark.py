@@ -4,6 +4,8 @@
     python -m experiments.benchmark --suite=hull --check       # hard-max heads, 10 minutes
     python -m experiments.benchmark --suite=gpu --check        # on a Hopper GPU, 8 minutes at most
 
+Likewise gpu-linear and gpu-hardmax, linear and hard-max attention.
+
 Contenders of one length are timed by turns, so that they meet the same machine, and judged by
 medians. Each first gives its answer to a short input; a wrong one is refused. Peers are optional:
 tokamax by `pip install 'frugal-attention[peers]'`, PyTorch in this Python or in the one that

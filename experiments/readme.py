@@ -108,13 +108,13 @@ PASSES = ("forward", "backward")
 PENDING = (
   "GPU numbers pending: no such chip was at hand. On a machine with a Hopper GPU "
   "`python -m experiments.benchmark --suite=gpu --check` measures what fits into 8 minutes, and "
-  "`--suite=gpu-linear` the same of linear attention."
+  "`--suite=gpu-linear` and `--suite=gpu-hardmax` the same of linear and of hard-max attention."
 )
 
 
 def chips(root: pathlib.Path) -> str:
   """What was measured on GPUs: a table, a picture and the targets of each, or that none was."""
-  names = [f"{chip}_{what}" for what in ("softmax", "linear") for chip in CHIPS]
+  names = [f"{chip}_{what}" for what in ("softmax", "linear", "hardmax") for chip in CHIPS]
   found = [(name, _results(root, name)) for name in names]
   parts = [part for name, results in found if results for part in _chip(root, name, results)]
   return "\n\n".join(parts) or PENDING
@@ -122,7 +122,7 @@ def chips(root: pathlib.Path) -> str:
 
 def _chip(root: pathlib.Path, name: str, results: Mapping[str, Any]) -> list[str]:
   where, checked = results["environment"], results["checks"]
-  linear = name.endswith("_linear")
+  softmax, what = name.endswith("_softmax"), name.rpartition("_")[2]
   counted = (
     "TFLOP/s at the longest T, forward / backward; of windows and documents only the pairs that "
     "may attend count."
@@ -130,12 +130,12 @@ def _chip(root: pathlib.Path, name: str, results: Mapping[str, Any]) -> list[str
   lead = (
     f"{where['device']}, {results['dtype']}, jax {where['versions']['jax']}, {where['date'][:10]}, "
     f"commit {where['commit']}; checks {checked['verdict']} ({len(checked['rows'])} run); medians, "
-    f"by `{where['command']}`. {'Milliseconds, forward / backward.' if linear else counted}"
+    f"by `{where['command']}`. {counted if softmax else 'Milliseconds, forward / backward.'}"
   )
-  parts = [lead, _milliseconds(results) if linear else _rates(results)]
+  parts = [lead, _rates(results) if softmax else _milliseconds(results)]
   if (root / RESULTS / f"{name}.png").exists():
-    what = "Milliseconds of linear attention" if linear else "TFLOP/s against sequence length"
-    alt = f"{what} on {where['device']}, ours beside its peers"
+    shown = "TFLOP/s against sequence length" if softmax else f"Time of {what} attention"
+    alt = f"{shown} on {where['device']}, ours beside its peers"
     parts.append(f"![{alt}]({RESULTS}/{name}.png)")
   parts += ["Asked for, and reached:", _verdicts(results)]
   parts += [f"{name} was absent: {why}." for name, why in results["absent"].items()]
@@ -167,7 +167,7 @@ def _milliseconds(results: Mapping[str, Any]) -> str:
     pairs = [[times.get((case["case"], n, kind)) for kind in PASSES] for n in names]
     cells = (" / ".join("-" if x is None else f"{1e3 * x:.3g}" for x in pair) for pair in pairs)
     lines.append([case["case"], *cells])
-  return _table(["decays, shape", *names], lines, right=True)
+  return _table(["case", *names], lines, right=True)
 
 
 BLOCKS: Mapping[str, Callable[[pathlib.Path], str]] = {

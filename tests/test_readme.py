@@ -177,14 +177,15 @@ def test_numbers_of_a_chip(tmp_path):
   assert "h200_softmax.png" in readme.chips(tmp_path)
 
 
-def test_linear_numbers_of_a_chip(tmp_path):
+@pytest.mark.parametrize("what", ["linear", "hardmax"])
+def test_other_numbers_of_a_chip(what, tmp_path):
   """In milliseconds, every shape in its line."""
   folder = tmp_path / "experiments/results"
   folder.mkdir(parents=True)
   case = {"case": "token B=1 T=8192 N=96 H=128", "T": 8192}
   ours = {**case, "contender": "hopper", "kind": "forward", "median": 0.000234}
   found = chip_results() | {"cases": [case], "times": [ours], "unmeasured": {}}
-  (folder / "h200_linear.json").write_text(json.dumps(found))
+  (folder / f"h200_{what}.json").write_text(json.dumps(found))
   text = readme.chips(tmp_path)
   assert "| token B=1 T=8192 N=96 H=128 | 0.234 / - |" in text and "TFLOP/s" not in text
 

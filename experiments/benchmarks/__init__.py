@@ -25,4 +25,6 @@ linear_checks.py   its checks, run as those of softmax attention are
 linear_rivals.py   its contenders
 torch_linear.py    PyTorch in a process of its own, with flash-linear-attention's kernels
 linear_picture.py  milliseconds, shape by shape
+
+And hard-max attention: hardmax_checks.py, hardmax_rivals.py, hardmax_picture.py.
 """

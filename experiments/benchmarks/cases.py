@@ -1,7 +1,7 @@
 """What is measured on a chip, as data: masks, shapes, contenders, and in which order.
 
-Softmax attention first, linear attention at the end: the shapes of flash-linear-attention's
-registry, and of each the bytes that must move, for they and not operations bound it.
+Softmax attention first; then linear attention, at the shapes of flash-linear-attention's registry
+and with the bytes that must move, for they and not operations bound it; then hard-max attention.
 
 The table is FlashAttention-3's (Shah et al. 2024, section 4.1, https://arxiv.org/abs/2407.08608):
 16k tokens in all, B T, and 2048 columns in all, N H. Sliding windows and packed documents follow,
@@ -142,7 +142,34 @@ class LinearCase:
     return {"terabytes": self.moved(kind) / seconds / 1e12}
 
 
-AnyCase = Case | LinearCase
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HardCase:
+  """One shape of causal hard-max attention; keys and values are of one width."""
+
+  mechanism: ClassVar[str] = "hardmax"
+  B: int
+  T: int
+  N: int
+  H: int
+
+  @property
+  def name(self) -> str:
+    """How results and targets write it."""
+    return f"H={self.H} T={self.T}"
+
+  @property
+  def family(self) -> str:
+    """What contenders are chosen by: only heads of width 2 have hulls."""
+    return "planar" if self.H == 2 else "wide"
+
+  def rate(self, kind: str, seconds: float) -> dict[str, float]:
+    """Pairs of a query and a key that it may read in a second, whoever looks at them or not."""
+    del kind
+    pairs = self.B * self.N * self.T * (self.T + 1) / 2
+    return {"terapairs": pairs / seconds / 1e12}
+
+
+AnyCase = Case | LinearCase | HardCase
 
 
 def case_row(case: AnyCase) -> dict[str, object]:
@@ -168,12 +195,12 @@ class ChipSuite:
   """Which checks of `checks.py`; None is all."""
   contenders: Mapping[str, tuple[str, ...]]
   """Family of cases -> who takes part, ours left out."""
-  cases: tuple[Case, ...] | tuple[LinearCase, ...]
+  cases: tuple[Case, ...] | tuple[LinearCase, ...] | tuple[HardCase, ...]
   """The most telling first: time may run out."""
 
   @property
   def mechanism(self) -> str:
-    """ "softmax" or "linear"."""
+    """ "softmax", "linear" or "hardmax"."""
     return self.cases[0].mechanism
 
 
@@ -233,6 +260,32 @@ CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
     checks=None,
     contenders=dict.fromkeys(("token", "channel"), ("fla", "jax-linear-attention", "chunked")),
     cases=FLA,
+  ),
+  "gpu-hardmax": ChipSuite(
+    device="gpu",
+    ours="hopper",
+    dtype="float32",
+    rounds=5,
+    least=0.04,
+    together=2,
+    checks=None,
+    contenders={"planar": ("bulk", "tiled"), "wide": ("tiled",)},
+    cases=tuple(
+      HardCase(B=1, T=T * K, N=8, H=H)
+      for H, lengths in ((2, (16, 64, 128, 256, 4, 32)), (8, (16, 64)))
+      for T in lengths
+    ),
+  ),
+  "gpu-hardmax-toy": ChipSuite(
+    device="cpu",
+    ours="tiled",
+    dtype="float32",
+    rounds=2,
+    least=0.002,
+    together=2,
+    checks=("causal", "token by token"),
+    contenders={"planar": ("bulk",), "wide": ("reference",)},
+    cases=(HardCase(B=2, T=128, N=2, H=2), HardCase(B=1, T=96, N=2, H=4)),
   ),
   "gpu-linear-toy": ChipSuite(
     device="cpu",

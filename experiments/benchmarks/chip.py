@@ -24,6 +24,9 @@ from attention import chips
 from experiments.benchmarks import (
   checks,
   chip_picture,
+  hardmax_checks,
+  hardmax_picture,
+  hardmax_rivals,
   linear_checks,
   linear_picture,
   linear_rivals,
@@ -79,6 +82,14 @@ MECHANISMS = {
     "Gradients are of q, k, v and the decays. TB/s count every input and output of a pass once, "
     "decays in float32, so that the chip's memory is what no pass exceeds.",
     linear_picture.draw,
+  ),
+  "hardmax": Mechanism(
+    hardmax_rivals,
+    hardmax_checks.run,
+    "terapairs",
+    "Tpairs/s",
+    "Tpairs/s count every query with each key that it may read, whoever looks at them or not.",
+    hardmax_picture.draw,
   ),
 }
 

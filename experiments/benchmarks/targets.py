@@ -2,8 +2,8 @@
 
 A target asks for one number: the `ratio` of two rows' median times, the `exponent` of time in T
 over all lengths of a contender, or the `memory` that a call adds, as a multiple of q, k, v and the
-output together; on a chip also the `rate` of a row in TFLOP/s or TB/s, as a multiple of the number
-that somebody has `published`, if one is given. A row is written contender/kind/T, or on a chip
+output together; on a chip also the `rate` of a row, as a multiple of the number that somebody has
+`published`, if one is given. A row is written contender/kind/T, or on a chip
 contender/kind/case. Where the first of a ratio is a list, it is the fastest of those that were
 measured. A number that was not measured is not met.
 """
@@ -69,6 +69,8 @@ def _why(row: str, target: Mapping[str, Any], results: Mapping[str, Any]) -> str
   return next((why for why in reasons if why), f"there is no row {row}")
 
 
+RATES = ("tflops", "terabytes", "terapairs")
+"""What is counted of a row on a chip, in a second and 1e12."""
 _BOUNDS = {
   "at_least": lambda measured, bound: measured >= bound,
   "at_most": lambda measured, bound: measured <= bound,
@@ -86,7 +88,7 @@ def _measure(
     return over["median"] / under["median"], (min(rounds), statistics.median(rounds), max(rounds))
   if "rate" in target:
     row, unit = times[target["rate"]], target.get("published", {}).get("tflops", 1.0)
-    rate = row["tflops"] if "tflops" in row else row["terabytes"]
+    rate = next(row[name] for name in RATES if name in row)
     rates = [rate * row["median"] / seconds / unit for seconds in row["seconds"]]
     return rate / unit, (min(rates), statistics.median(rates), max(rates))
   if "exponent" in target:

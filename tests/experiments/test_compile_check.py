@@ -12,7 +12,7 @@ import pytest
 
 import kit
 from experiments import compile_check
-from experiments.benchmarks import checks, linear_checks
+from experiments.benchmarks import checks, hardmax_checks, linear_checks
 from experiments.benchmarks.cases import LinearCase
 from experiments.compiling import estimates, linear, rules, shapes, worker
 from experiments.compiling.programs import PROGRAMS
@@ -469,6 +469,16 @@ def test_checks_of_linear_attention_can_be_lowered_for_the_device(name):
   given = jax.eval_shape(lambda: linear_checks.operands(check))
   results = jax.eval_shape(lambda: linear_checks.cotangents(check))
   aot.lower_for(aot.CHIPS["h200"], linear_checks.program(check, "hopper"), given, results)
+
+
+@pytest.mark.parametrize("name", ["rows that see nothing", "width 8", "window", "token by token"])
+def test_checks_of_hard_max_attention_can_be_lowered_for_the_device(name):
+  """And the hull that decodes."""
+  kit.needs_compiler("h200")
+  (check,) = (check for check in hardmax_checks.CHECKS if check.name == name)
+  given = jax.eval_shape(lambda: hardmax_checks.operands(check))
+  with kit.pretend("NVIDIA H200", "gpu"):
+    aot.lower_for(aot.CHIPS["h200"], hardmax_checks.program(check, "hopper"), given)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)
