@@ -86,7 +86,7 @@ IMPLEMENTATIONS: Final[Mapping[str, tuple[str, ...]]] = {
   "reference": ("float32",),
   "chunked": ("float32", "bfloat16"),
   "tpu": ("float32", "bfloat16"),
-  "hopper": ("bfloat16",),
+  "hopper": ("float32", "bfloat16"),
 }
 """Name -> the number types that it takes."""
 
