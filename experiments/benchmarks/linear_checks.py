@@ -70,6 +70,8 @@ CHECKS: Final[tuple[Check, ...]] = (
   Check(name="no decay", decay="none"),
   Check(name="a decay of each head", decay="head"),
   Check(name="channel", decay="channel"),
+  Check(name="token, float32", dtype="float32"),
+  Check(name="channel, float32, odd T", dtype="float32", T=333, decay="channel", M=128, h=128),
   Check(name="token, odd T", T=333, M=40, h=72),
   Check(name="channel, odd T", T=517, M=72, h=40, decay="channel"),
   Check(name="one token", T=1),

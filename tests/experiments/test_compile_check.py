@@ -454,10 +454,11 @@ def test_packed_documents_of_a_7b_model_spill_nothing():
   assert len(spilled) == 3 and not any(spilled.values()), spilled
 
 
-# One of each shape of program; all thirty take a minute.
+# One of each shape of program; all take a minute.
 VARIED = (
   "token, H=256", "a decay of each head", "channel, odd T", "padding",
   "documents, channel, normalized", "everything at once", "one token more, channel, normalized",
+  "channel, float32, odd T",
 )  # fmt: skip
 
 
