@@ -174,8 +174,10 @@ def over_heads(mesh: jax.sharding.Mesh, axis: str) -> Functions:
   """Decoding with the heads cut over an axis of the mesh: how a CPU uses more than one core, after
   `jax.config.update("jax_num_cpu_devices", 2)`.
 
-  Raises: ValueError: heads that the devices do not divide.
+  Raises: ValueError: an axis that the mesh lacks, or heads that its devices do not divide.
   """
+  if axis not in mesh.shape:
+    raise ValueError(f"the mesh has no axis {axis!r}, but {', '.join(mesh.axis_names)}")
   devices, P = mesh.shape[axis], jax.P
   cut = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 

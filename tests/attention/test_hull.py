@@ -136,7 +136,8 @@ def test_tokens_one_by_one_ragged_and_beyond_the_capacity():
 
 def test_over_heads_changes_nothing_and_copies_no_tree():
   """Two devices with two key heads each, against all in one place: a prefill, and then a step."""
-  decode = hull.over_heads(jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2]), "heads")
+  mesh = jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2])
+  decode = hull.over_heads(mesh, "heads")
   rng, given = np.random.default_rng(6), {"num_heads": 8, "num_kv_heads": 4, "value_dim": 2}
   q = rng.integers(-3, 4, (2, 9, 8, 2)).astype(np.float32)
   k, v = rng.integers(-3, 4, (2, 2, 9, 4, 2)).astype(np.float32)
@@ -154,6 +155,8 @@ def test_over_heads_changes_nothing_and_copies_no_tree():
     np.testing.assert_array_equal(one, other)
   with pytest.raises(ValueError, match="num_kv_heads=3 must be a multiple of 2, .* 'heads'"):
     decode.init_state(1, num_heads=6, num_kv_heads=3, value_dim=2, max_length=4)
+  with pytest.raises(ValueError, match="no axis 'head', but heads"):
+    hull.over_heads(mesh, "head")
 
 
 @pytest.mark.parametrize("heads", [1, 126])
