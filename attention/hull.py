@@ -12,9 +12,9 @@ it would sink into is dropped, as a hull would drop it: of n Gaussian keys some 
 
 On a CPU the program is loops over single numbers, all trees in turn (`attention.native`): a walk
 down one is some 20 steps of a few nanoseconds. That is one core; `over_heads` uses all. On Hopper
-GPUs each tree is a program of its own (`pallas_kernels.hull_hopper`), which pays where a scan of
-all keys (`attention.ops.hardmax.step`) has some 10^7 of them to read, heads together, by
-calculation. Nothing is for TPUs.
+GPUs each tree is a program of its own (`pallas_kernels.hull_hopper`), on TPUs the scalar core walks
+all of them a level at a time (`pallas_kernels.hull_tpu`). Both pay where a scan of all keys
+(`attention.ops.hardmax.step`) has some 10^7 of them to read, heads together, by calculation.
 
 Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
 are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
@@ -41,6 +41,7 @@ from attention.dispatch import Implementation, choose
 
 _DEPTH = 33
 _WIDTH = 5  # numbers in a node
+_TILE = 1024  # numbers that a TPU lays out together: of whole ones rows are made without a copy
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _ENDS = [int(x) for x in np.array([-_LARGEST, _LARGEST], np.float32).view(np.uint32)]
 _SLOPES = (0xFFFFFFFF ^ _ENDS[0], 0x80000000 | _ENDS[1])
@@ -54,7 +55,7 @@ class HullState:
 
   nodes: Int[Array, " 2BK*(C+1)*5+5"]
   """x and y (the bits of float32), entry, left child, right child; 0 is no child. Each tree's lie
-  together, its root first. The last one is nobody's.
+  together, its root first. The last one is nobody's. (On a TPU nodes have room for 8 numbers.)
   """
   used: Int[Array, " 2BK"]
   """The number of nodes of each tree."""
@@ -71,6 +72,8 @@ class HullState:
   steps: Int[Array, ""]
   """The number of steps taken, padding included: the capacity bounds it."""
   ties: str = dataclasses.field(metadata={"static": True}, default="average")
+  stride: int = dataclasses.field(metadata={"static": True}, default=_WIDTH)
+  """Numbers from node to node: 5, or 8 on a TPU."""
 
   @property
   def heads(self) -> int:
@@ -80,7 +83,12 @@ class HullState:
   @property
   def capacity(self) -> int:
     """C: tokens there is room for."""
-    return self.nodes.shape[0] // _WIDTH // self.used.shape[0] - 1
+    return self.entries.shape[0] // (self.heads * self.width) - 1
+
+  @property
+  def size(self) -> int:
+    """Nodes that each tree has room for."""
+    return (self.nodes.shape[0] - _spare(self.stride)) // (self.stride * self.used.shape[0])
 
   @property
   def width(self) -> int:
@@ -100,7 +108,7 @@ def init_state(
   ties: str = "average",
 ) -> HullState:
   """A state that has read nothing, with room for `max_length` tokens: 40 bytes a token and key
-  head, and 4 (h + 1). Tokens beyond are not kept.
+  head (64 on a TPU), and 4 (h + 1). Tokens beyond are not kept.
 
   Raises: ValueError: other widths than 2, other ties, or more than int32 can number.
   """
@@ -112,7 +120,10 @@ def init_state(
   if jnp.dtype(dtype) != jnp.float32:
     raise ValueError(f"the state is float32, got dtype={jnp.dtype(dtype).name}")
   heads, width = batch * num_kv_heads, value_dim + 1
-  nodes = 2 * heads * (max_length + 1) * _WIDTH + _WIDTH
+  stride, size = _WIDTH, max_length + 1
+  if chips.not_tpu() is None:
+    stride, size = 8, -(-size * 8 // _TILE) * _TILE // 8
+  nodes = 2 * heads * size * stride + _spare(stride)
   entries = (max_length + 1) * heads * width
   if max(nodes, entries) >= 2**31:
     raise ValueError(
@@ -127,7 +138,13 @@ def init_state(
     length=jnp.zeros(batch, jnp.int32),
     steps=jnp.zeros((), jnp.int32),
     ties=ties,
+    stride=stride,
   )
+
+
+def _spare(stride: int) -> int:
+  """Numbers behind the trees, which are nobody's."""
+  return stride if stride == _WIDTH else _TILE
 
 
 def prefill(
@@ -142,7 +159,7 @@ def prefill(
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
-  return native.prefill(_steps(implementation), state, q, k, v, lengths)
+  return native.prefill(functools.partial(_step, implementation), state, q, k, v, lengths)
 
 
 def step(
@@ -157,9 +174,10 @@ def step(
   down beside the key. Loops take one walk after the other.
 
   Donate the state to the jitted function that calls this, or all of it is copied.
-  `implementation` is "loops", for CPUs, or "hopper"; None: the kernel on its chip, else loops.
+  `implementation` is "loops", for CPUs, "hopper" or "tpu"; None: the kernel on its chip, else
+  loops.
   """
-  return _steps(implementation)(state, q, k, v, jnp.ones(q.shape[:1], bool))
+  return _step(implementation, state, q, k, v, jnp.ones(q.shape[:1], bool))
 
 
 class Functions(NamedTuple):
@@ -181,17 +199,17 @@ def over_heads(mesh: jax.sharding.Mesh, axis: str) -> Functions:
   devices, P = mesh.shape[axis], jax.P
   cut = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
-  def where(ties: str) -> HullState:
+  def where(state: HullState) -> HullState:
     parts: list[Any] = [P(axis)] * 3 + [P(None, axis)] * 2 + [P()] * 2
-    return HullState(*parts, ties=ties)
+    return HullState(*parts, ties=state.ties, stride=state.stride)
 
-  def init(batch, *, num_heads, num_kv_heads, ties="average", **others):
+  def init(batch, *, num_heads, num_kv_heads, **others):
     for name, heads in ("num_heads", num_heads), ("num_kv_heads", num_kv_heads):
       if heads % devices:
         raise ValueError(f"{name}={heads} must be a multiple of {devices}, the devices of {axis!r}")
     few = {"num_heads": num_heads // devices, "num_kv_heads": num_kv_heads // devices}
-    make = functools.partial(init_state, batch, ties=ties, **few, **others)
-    return jax.jit(cut(make, in_specs=(), out_specs=where(ties)))()
+    make = functools.partial(init_state, batch, **few, **others)
+    return jax.jit(cut(make, in_specs=(), out_specs=where(jax.eval_shape(make))))()
 
   def read(state, q, k, v, *, lengths=None, implementation=None):
     run = lambda *inputs: prefill(*inputs[:4], lengths=inputs[4], implementation=implementation)
@@ -205,15 +223,10 @@ def over_heads(mesh: jax.sharding.Mesh, axis: str) -> Functions:
   def over(run, heads, state, q, k, v, *whole):
     place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
     given = [place(x, heads) for x in (q, k, v)] + [place(x, P()) for x in whole]
-    cuts = where(state.ties), *[heads] * 3, *[P()] * len(whole)
+    cuts = where(state), *[heads] * 3, *[P()] * len(whole)
     return cut(run, in_specs=cuts, out_specs=(cuts[0], heads))(state, *given)
 
   return Functions(init, read, one)
-
-
-def _steps(implementation: str | None) -> Callable[..., tuple[HullState, Array]]:
-  form = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, None)].run(None)
-  return functools.partial(_step, form)
 
 
 class _Token(NamedTuple):
@@ -233,9 +246,8 @@ class _Token(NamedTuple):
 
 
 def _step(
-  form: Callable[[HullState, _Token], tuple[HullState, Array]],
-  state: HullState, q: Array, k: Array, v: Array, valid: Array,
-) -> tuple[HullState, Array]:  # fmt: skip
+  implementation: str | None, state: HullState, q: Array, k: Array, v: Array, valid: Array
+) -> tuple[HullState, Array]:
   B, X = q.shape[0], k.shape[0] * k.shape[1]
   value = v.astype(jnp.float32).reshape(X, -1)
   token = _Token(
@@ -244,7 +256,8 @@ def _step(
     jnp.repeat(valid & (state.steps < state.capacity), k.shape[1]),
     q.reshape(-1, 2).astype(jnp.float32),
   )
-  state, read = form(state, token)
+  form = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, (state, token))]
+  state, read = form.run((state, token))
   read = read[:, :-1] / jnp.maximum(read[:, -1:], 1.0)
   out = jnp.where(valid[:, None, None], read.reshape(B, q.shape[1], -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)
@@ -367,9 +380,9 @@ def _meet(ties: str, row: Any, c: _Sinking) -> tuple[tuple[Array, ...], _Sinking
   return row, _Sinking(child, place, turned, lower, used, merged, going)
 
 
-def _sink(ties: str, base: Array, carry: tuple[native.Rows, _Sinking]):
+def _sink(ties: str, stride: int, base: Array, carry: tuple[native.Rows, _Sinking]):
   nodes, c = carry
-  array, at = nodes.written(), base + _WIDTH * c.node
+  array, at = nodes.written(), base + stride * c.node
   row, c = _meet(ties, native.row(array, at, _WIDTH), c)
   return native.Rows(array, at, jnp.stack(row)), c
 
@@ -382,7 +395,7 @@ def _by_loops(state: HullState, token: _Token) -> tuple[HullState, Array]:
 
 def _insert_all(state: HullState, token: _Token) -> tuple[HullState, Array]:
   """All keys into both trees of their heads; and the entries that they merged with, by tree."""
-  size, key = _WIDTH * (state.capacity + 1), token.key.reshape(-1)
+  size, key = state.stride * state.size, token.key.reshape(-1)
 
   def one(tree, carry):
     nodes, used, merged = carry
@@ -390,7 +403,7 @@ def _insert_all(state: HullState, token: _Token) -> tuple[HullState, Array]:
     x, y = (sign * native.get(key, 2 * head + i) for i in (0, 1))
     keep = native.get(token.keep, head).astype(jnp.int32)
     c = _start_sinking(x, y, state.steps, native.get(used, tree), keep)
-    sink = functools.partial(_sink, state.ties, tree * size)
+    sink = functools.partial(_sink, state.ties, state.stride, tree * size)
     nodes, c = lax.while_loop(lambda c: c[1].going != 0, sink, (nodes, c))
     return nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
 
@@ -447,11 +460,11 @@ def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> t
   """The entries that one query reads, and their number: a buffer's first ones."""
   aim = plane.direction(x, y)
   tree = 2 * head + aim.lower.astype(jnp.int32)
-  base = tree * _WIDTH * (state.capacity + 1)
+  base = tree * state.stride * state.size
 
   def seek(carry):
     found, c = carry
-    row = native.row(state.nodes, base + _WIDTH * c.node, _WIDTH)
+    row = native.row(state.nodes, base + state.stride * c.node, _WIDTH)
     c, slot, entry = _look(state.ties, plane.score, aim, row, c)
     return native.put(found, slot, entry), c
 
@@ -488,15 +501,15 @@ def _query_all(state: HullState, token: _Token) -> Array:
 # On a chip: each tree is a program, and what is left of a step is array operations.
 
 
-def _on_chip(state: HullState, token: _Token) -> tuple[HullState, Array]:
-  chip = kernels.module("hull", "hopper")
+def _on_chip(name: str, state: HullState, token: _Token) -> tuple[HullState, Array]:
+  chip = kernels.module("hull", name)
 
   def walk(x, y):
     aim = plane.direction(x, y)
     look = functools.partial(_look, state.ties, chip.score, aim)
     return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
 
-  tree = chip.Tree(state.capacity + 1, _WIDTH, _DEPTH + 1)
+  tree = chip.Tree(state.size, _WIDTH, state.stride, _DEPTH + 1)
   rules = chip.Rules(_start_sinking, functools.partial(_meet, state.ties), walk)
   given = chip.Inputs(
     state.nodes, state.used, token.key, token.keep.astype(jnp.int32), state.steps[None],
@@ -508,32 +521,49 @@ def _on_chip(state: HullState, token: _Token) -> tuple[HullState, Array]:
   return state, _read_on_chip(state, token, walked.found, walked.count)
 
 
+def _places(token: Array, heads: int, head: Array, w: int) -> Array:
+  """Where in `HullState.entries` the numbers of some tokens' heads are. Those arrays stay flat: to
+  make rows of them a TPU would copy them.
+  """
+  first = ((token * heads + head) * w)[..., None]
+  return first + lax.broadcasted_iota(jnp.int32, (*first.shape[:-1], w), first.ndim - 1)
+
+
 def _enter_on_chip(entries: Array, token: Array, new: Array, merged: Array | None) -> Array:
   heads, w = new.shape
-  entries = entries.reshape(-1, heads, w)
-  capacity = entries.shape[0] - 1
-  entries = entries.at[jnp.minimum(token, capacity)].set(new)
-  if merged is not None:
-    first, second = merged.T
-    both = jnp.stack([first, jnp.where(second == first, -1, second)])
-    both = jnp.where(both < 0, capacity + 1, both)
-    entries = entries.at[both, jnp.arange(heads)[None]].add(new, mode="drop")
-  return entries.reshape(-1)
+  capacity = entries.shape[0] // (heads * w) - 1
+  entries = native.put_row(entries, jnp.minimum(token, capacity) * heads * w, new.reshape(-1))
+  if merged is None:
+    return entries
+  first, second = merged.T
+  both = jnp.stack([first, jnp.where(second == first, -1, second)])
+  both = jnp.where(both < 0, capacity + 1, both)
+  places = _places(both, heads, jnp.arange(heads, dtype=jnp.int32)[None], w)
+  return entries.at[places].add(jnp.stack([new, new]), mode="drop")
 
 
 def _read_on_chip(state: HullState, token: _Token, found: Array, count: Array) -> Array:
   """What all queries read, sums and numbers, of the first `count` entries that each one found."""
   head = jnp.arange(token.query.shape[0], dtype=jnp.int32) // token.group
   counts = jnp.arange(found.shape[1])[None] < count[:, None]
-  entries = state.entries.reshape(-1, state.heads, state.width)
-  read = entries[jnp.where(counts, found, 0), head[:, None]]
+  tokens = jnp.where(counts, found, 0)
+  read = state.entries[_places(tokens, state.heads, head[:, None], state.width)]
   out = jnp.where(counts[..., None], read, 0.0).sum(1)
   x, y = token.query.T
   axis = ((x == 0) | (y == 0))[:, None]
   return jnp.where(axis, state.along_axes[_side(x, y), head], out)
 
 
+def _not_for_a_tpu(call: tuple[HullState, _Token]) -> str | None:
+  state, token = call
+  if state.stride == _WIDTH:
+    return chips.not_tpu() or "the state was not made on a TPU"
+  chip = kernels.module("hull", "tpu")
+  return chips.not_tpu() or chip.unsupported(state.used.shape[0], token.query.shape[0])
+
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
-  "hopper": Implementation(lambda call: _on_chip, lambda call: chips.not_hopper()),
-  "loops": Implementation(lambda call: _by_loops, lambda call: None),
+  "hopper": Implementation(lambda call: _on_chip("hopper", *call), lambda call: chips.not_hopper()),
+  "tpu": Implementation(lambda call: _on_chip("tpu", *call), _not_for_a_tpu),
+  "loops": Implementation(lambda call: _by_loops(*call), lambda call: None),
 }

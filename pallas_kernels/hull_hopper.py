@@ -1,21 +1,13 @@
 """Walks down the trees of hard-max decoding on Hopper GPUs (sm_90a): one token, all trees at once.
 
-Of every batch row, head and half plane one program walks one tree: it reads a node, lets a pure
-function decide what the node becomes and where to go on, and writes it where it was. Queries go
-down beside the key, a node a turn: what the key made of a node they have in common they take from
-it, and deeper it has changed nothing yet, so they read the tree that holds the key. A step is up to
-33 reads that wait for each other, some 600 ns each from memory and 200 from the L2 cache, however
-many heads there are, until their reads fill the memory's 4.8 TB/s. All threads of a warpgroup do
-the same; the time is the reads'. No chip has run it yet.
-
-The walk's rules are the caller's (`attention.hull`), with a state of single numbers. A node is a
-`row` of int32, and `c` a tuple with the fields `node`, where to read next, and `going`, an int32
-that is 0 where the walk ends.
+Of every batch row, head and half plane one program walks one tree (`pallas_kernels.hull`). A step
+is up to 33 reads that wait for each other, some 600 ns each from memory and 200 from the L2 cache,
+however many heads there are, until their reads fill the memory's 4.8 TB/s. All threads of a
+warpgroup do the same; the time is the reads'. No chip has run it yet.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hardmax, hopper
+from pallas_kernels.hull import Inputs, Rules, Tree, Walked, gone_on
 
 Array = jax.Array
 
@@ -31,59 +24,6 @@ _LOWERING = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane
 """The other lowering cannot read the bits of a single number as a float's. A slope is a quotient
 that must round as everywhere: no approximate math.
 """
-
-
-class Tree(NamedTuple):
-  """The shape of a tree."""
-
-  size: int
-  """Nodes that there is room for."""
-  width: int
-  """Numbers of a node."""
-  depth: int
-  """Entries that a query finds at most."""
-
-
-class Rules(NamedTuple):
-  """How keys and queries walk."""
-
-  insert: Callable[..., Any]
-  """insert(x, y, token, used, keep) -> c, whose end has the fields `used` and `merged`."""
-  meet: Callable[..., Any]
-  """meet(row, c) -> (row, c): a key on its way down meets a node."""
-  ask: Callable[..., Any]
-  """ask(x, y) -> (which of the head's two trees is asked, start, seek): start(used) -> c, whose end
-  has the field `count`, and seek(row, c) -> (c, slot, entry), an entry that the query may read.
-  """
-
-
-class Inputs(NamedTuple):
-  """What a step reads, of X heads with G queries each."""
-
-  nodes: Any
-  """int32, tree after tree; the kernel also writes it."""
-  used: Any
-  """int32 `2X`: the nodes of each tree."""
-  keys: Any
-  """float32 `X 2`, turned around for the second tree of a head."""
-  keep: Any
-  """int32 `X`: 0 leaves a tree as it is."""
-  token: Any
-  """int32 `1`."""
-  queries: Any
-  """float32 `G*X 2`, the queries of a head in a row."""
-
-
-class Walked(NamedTuple):
-  """What a step finds, beside the nodes."""
-
-  used: Any
-  merged: Any
-  """int32 `2X`, of the keys."""
-  found: Any
-  """int32 `G*X depth`: entries."""
-  count: Any
-  """int32 `G*X`: how many of them count."""
 
 
 def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules):
@@ -104,7 +44,7 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
   ]
 
   def read(c):
-    at = (mine * tree.size + c.node) * tree.width
+    at = (mine * tree.size + c.node) * tree.stride
     return tuple(inputs.nodes[at + i] for i in range(tree.width))
 
   def turn(carry):
@@ -115,7 +55,7 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
     @pl.when(key.going != 0)
     def _():
       for i, number in enumerate(node):
-        inputs.nodes[(mine * tree.size + key.node) * tree.width + i] = number
+        inputs.nodes[(mine * tree.size + key.node) * tree.stride + i] = number
 
     moved = []
     for ask, seek, c, row in zip(asks, seeks, queries, rows, strict=True):
@@ -127,8 +67,8 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
       def _(ask=ask, slot=slot, entry=entry):
         out.found[ask, slot] = entry
 
-      moved.append(_gone_on(c, then))
-    return _gone_on(key, after), moved
+      moved.append(gone_on(c, then))
+    return gone_on(key, after), moved
 
   start = rules.insert(x, y, inputs.token[0], used, keep), seeking
   any_goes = lambda carry: sum(c.going for c in (carry[0], *carry[1])) != 0
@@ -139,11 +79,6 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
     @pl.when(lower == half)
     def _(ask=ask, c=c):
       out.count[ask] = c.count
-
-
-def _gone_on(c: Any, then: Any) -> Any:
-  """The next state of a walk, unless it has ended."""
-  return jax.tree.map(lambda old, new: jnp.where(c.going != 0, new, old), c, then)
 
 
 def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:

@@ -2,6 +2,7 @@
 the kernels.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kit
-from attention import hardmax_tiled, masks
+from attention import hardmax_tiled, hull, masks
 from pallas_kernels import aot
 
 FAMILIES = ("gaussian", "parabola", "circle", "grid", "collinear")
@@ -155,7 +156,7 @@ def lowered(chip: str, H: int) -> None:
 
 _COMPILE = """
 import jax, jax.numpy as jnp
-from attention import hardmax_tiled, masks
+from attention import hardmax_tiled, hull, masks
 from pallas_kernels import aot
 x = jax.ShapeDtypeStruct((1, 600, 1, 2), jnp.float32)
 attend = lambda q, k: hardmax_tiled.attend(q, k, k, masks.causal(), ties="latest", chip={name!r})
@@ -172,3 +173,52 @@ def compile_in_a_child(chip: str, dump: os.PathLike[str]) -> None:
   command = [sys.executable, "-c", code]
   done = subprocess.run(command, env=environment | path, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+HULLS = ("grid", "collinear")
+"""Of integers: on a CPU compilers fuse what they like, and then the trees' rounding may differ."""
+
+
+def hull_tokens(ties: str, T: int) -> tuple:
+  """A state with room for less than T tokens, and streams of integers: ties of every kind."""
+  q, k = zip(*(planar(family, T) for family in HULLS), strict=True)
+  q, k = (np.stack(x, 1)[None] for x in (q, k))
+  k[:, 9] = k[:, 4]  # the same keys again
+  q[:, 7], q[:, 11] = 0.0, [3.0, 0.0]
+  v = np.random.default_rng(0).integers(-50, 51, (1, T, len(HULLS), 2)).astype(np.float32)
+  state = hull.init_state(
+    1, num_heads=2 * len(HULLS), num_kv_heads=len(HULLS), value_dim=2, max_length=T - 2, ties=ties
+  )
+  q = np.stack([q, -q], 3).reshape(1, T, -1, 2)
+  return state, *(jnp.asarray(x) for x in (q, k, v))
+
+
+def check_hull(implementation: str, ties: str, T: int, interpreted) -> None:
+  """All that a hull's state holds and reads, by a chip's kernel: as the loops, bit for bit."""
+  state, *tokens = hull_tokens(ties, T)
+  lengths = jnp.array([T - 1], jnp.int32)
+  by = lambda name: jax.jit(functools.partial(hull.prefill, implementation=name))
+  expected = by("loops")(state, *tokens, lengths=lengths)
+  with interpreted:
+    found = by(implementation)(state, *tokens, lengths=lengths)
+  trees = state.stride * state.size * state.used.shape[0]
+  written = {"nodes": trees, "entries": 3 * len(HULLS) * state.capacity}  # nobody's are behind
+  for name in ("used", "nodes", "entries", "extremes", "along_axes"):
+    one, other = (np.asarray(getattr(x[0], name)) for x in (found, expected))
+    kit.assert_same(name, one[: written.get(name)], other[: written.get(name)])
+  kit.assert_same("out", found[1], expected[1])
+
+
+def check_in_place(chip: str, implementation: str) -> None:
+  """No array that grows with the room is copied by a step of 64 heads, where they are more than a
+  chip could hold beside its processors: they grow by 150 MB or more.
+  """
+  needs = []
+  for room in (200_000, 400_000):
+    make = functools.partial(hull.init_state, 1, num_heads=64, num_kv_heads=64, value_dim=2)
+    state = jax.eval_shape(functools.partial(make, max_length=room))
+    x = jax.ShapeDtypeStruct((1, 4, 64, 2), jnp.float32)
+    prefill = functools.partial(hull.prefill, implementation=implementation)
+    program = aot.compile_for(aot.CHIPS[chip], prefill, state, x, x, x)
+    needs.append(program.memory_analysis().temp_size_in_bytes)
+  assert needs[1] - needs[0] < 2**20, needs
