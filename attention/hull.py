@@ -38,6 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention import chips, kernels, native, plane
 from attention.dispatch import Implementation, choose
+from pallas_kernels.hull import Inputs, Rules, Tree, score
 
 _DEPTH = 33
 _WIDTH = 5  # numbers in a node
@@ -506,12 +507,12 @@ def _on_chip(name: str, state: HullState, token: _Token) -> tuple[HullState, Arr
 
   def walk(x, y):
     aim = plane.direction(x, y)
-    look = functools.partial(_look, state.ties, chip.score, aim)
+    look = functools.partial(_look, state.ties, score, aim)
     return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
 
-  tree = chip.Tree(state.size, _WIDTH, state.stride, _DEPTH + 1)
-  rules = chip.Rules(_start_sinking, functools.partial(_meet, state.ties), walk)
-  given = chip.Inputs(
+  tree = Tree(state.size, _WIDTH, state.stride, _DEPTH + 1)
+  rules = Rules(_start_sinking, functools.partial(_meet, state.ties), walk)
+  given = Inputs(
     state.nodes, state.used, token.key, token.keep.astype(jnp.int32), state.steps[None],
     token.query,
   )  # fmt: skip

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hardmax
+
 
 class Tree(NamedTuple):
   """The shape of a tree."""
@@ -28,6 +30,10 @@ class Tree(NamedTuple):
   """From node to node."""
   depth: int
   """Entries that a query finds at most."""
+
+  def at(self, tree: Any, node: Any) -> Any:
+    """Where a tree's node begins in `Inputs.nodes`."""
+    return (tree * self.size + node) * self.stride
 
 
 class Rules(NamedTuple):
@@ -75,3 +81,8 @@ class Walked(NamedTuple):
 def gone_on(c: Any, then: Any) -> Any:
   """The next state of a walk, unless it has ended."""
   return jax.tree.map(lambda old, new: jnp.where(c.going != 0, new, old), c, then)
+
+
+def score(query: tuple[jax.Array, jax.Array], key: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """`pallas_kernels.hardmax.score`, of two vectors given coordinate by coordinate."""
+  return hardmax.score(zip(query, key, strict=True))

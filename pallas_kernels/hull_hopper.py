@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hardmax, hopper
+from pallas_kernels import hopper
 from pallas_kernels.hull import Inputs, Rules, Tree, Walked, gone_on
 
 Array = jax.Array
@@ -44,7 +44,7 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
   ]
 
   def read(c):
-    at = (mine * tree.size + c.node) * tree.stride
+    at = tree.at(mine, c.node)
     return tuple(inputs.nodes[at + i] for i in range(tree.width))
 
   def turn(carry):
@@ -55,7 +55,7 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
     @pl.when(key.going != 0)
     def _():
       for i, number in enumerate(node):
-        inputs.nodes[(mine * tree.size + key.node) * tree.stride + i] = number
+        inputs.nodes[tree.at(mine, key.node) + i] = number
 
     moved = []
     for ask, seek, c, row in zip(asks, seeks, queries, rows, strict=True):
@@ -98,8 +98,3 @@ def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:
 
   walked = Walked(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
   return pl.run_state(run)((inputs.nodes, walked))
-
-
-def score(query: tuple[Array, Array], key: tuple[Array, Array]) -> Array:
-  """`pallas_kernels.hardmax.score`, of two vectors given coordinate by coordinate."""
-  return hardmax.score(zip(query, key, strict=True))

@@ -17,7 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import hardmax
 from pallas_kernels.hull import Inputs, Rules, Tree, Walked
 
 Array = jax.Array
@@ -92,7 +91,7 @@ class _Level:
 
   def __init__(self, inputs: Inputs, out: Walked, scratch: _Scratch, tree: Tree, rules: Rules):
     self.inputs, self.out, self.scratch, self.tree, self.rules = inputs, out, scratch, tree, rules
-    self.trees, self.asks = inputs.used.shape[0], inputs.queries.shape[0]
+    self.trees, self.asks = inputs.used.shape[0], inputs.queries.shape[0] // 2
     key, ask = _states(rules)
     self.keys, self.queries = _Saved(scratch.key_states, key), _Saved(scratch.ask_states, ask)
 
@@ -103,7 +102,8 @@ class _Level:
     @functools.partial(_each, self.trees)
     def _(t):
       head, second = lax.div(t, jnp.int32(2)), lax.rem(t, jnp.int32(2))
-      x, y = (jnp.where(second == 1, -z, z) for z in (given.keys[head, 0], given.keys[head, 1]))
+      x, y = (given.keys[2 * head + i] for i in (0, 1))
+      x, y = (jnp.where(second == 1, -z, z) for z in (x, y))
       self.keys[t] = self.rules.insert(x, y, given.token[0], given.used[t], given.keep[head])
 
     @functools.partial(_each, self.asks)
@@ -114,11 +114,11 @@ class _Level:
       self.queries[a] = start(given.used[2 * head + lower] + given.keep[head])
 
   def ask(self, a: Array) -> Any:
-    return self.rules.ask(self.inputs.queries[a, 0], self.inputs.queries[a, 1])
+    return self.rules.ask(self.inputs.queries[2 * a], self.inputs.queries[2 * a + 1])
 
   def place(self, t: Array, c: Any) -> tuple[Array, Array]:
     """The row of a walk's next node, and where it begins there."""
-    at, lanes = (t * self.tree.size + c.node) * self.tree.stride, jnp.int32(LANES)
+    at, lanes = self.tree.at(t, c.node), jnp.int32(LANES)
     return lax.div(at, lanes), lax.rem(at, lanes)
 
   def node(self, rows: Any, walk: Array, at: Array) -> tuple[Array, ...]:
@@ -172,7 +172,7 @@ class _Level:
       both = (self.node(self.scratch.key_rows, t, lane), self.node(self.scratch.ask_rows, a, lane))
       seen = tuple(jnp.where(same, new, old) for new, old in zip(*both, strict=True))
       then, slot, entry = self.ask(a)[2](seen, c)
-      self.out.found[a, slot] = entry
+      self.out.found[a * self.tree.depth + slot] = entry
       self.queries[a] = then
 
   def settle(self, t: Array) -> None:
@@ -216,10 +216,12 @@ def _kernel(used, keys, keep, token, queries, _, nodes, *rest, tree: Tree, rules
 def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:
   """All keys, each into the trees of its head, and all queries: the nodes, and what was found."""
   trees, asks = inputs.used.shape[0], inputs.queries.shape[0]
-  shapes = (trees,), (trees,), (asks, tree.depth), (asks,)
+  # One axis each, for of two the last would take 128 numbers of scalar memory.
+  shapes = (trees,), (trees,), (asks * tree.depth,), (asks,)
   whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
   rows = inputs.nodes.reshape(-1, 1, LANES)
+  keys, queries = inputs.keys.reshape(-1), inputs.queries.reshape(-1)
   fields = [len(jax.tree.leaves(like)) for like in _states(rules)]
   nodes, *walked = pl.pallas_call(
     functools.partial(_kernel, tree=tree, rules=rules),
@@ -238,10 +240,6 @@ def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:
     ),
     input_output_aliases={5: 0},
     name="hull_step",
-  )(inputs.used, inputs.keys, inputs.keep, inputs.token, inputs.queries, rows)
-  return nodes.reshape(-1), Walked(*walked)
-
-
-def score(query: tuple[Array, Array], key: tuple[Array, Array]) -> Array:
-  """`pallas_kernels.hardmax.score`, of two vectors given coordinate by coordinate."""
-  return hardmax.score(zip(query, key, strict=True))
+  )(inputs.used, keys, inputs.keep, inputs.token, queries, rows)
+  walked = Walked(*walked)
+  return nodes.reshape(-1), walked._replace(found=walked.found.reshape(asks, tree.depth))

@@ -3,6 +3,7 @@
 import functools
 
 import hardmax_kit
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kit
 from attention import chips, hull
-from pallas_kernels import hull_tpu
+from pallas_kernels import aot, hull_tpu
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,18 @@ def test_what_it_refuses(monkeypatch):
 def test_lowers_for_the_chip_and_writes_in_place(chip):
   kit.needs_compiler(chip)
   hardmax_kit.check_in_place(chip, "tpu")
+
+
+@pytest.mark.parametrize("heads", [(340, 340), (680, 170)])
+def test_the_most_walks_fit_and_lowers_for_the_chip(heads):
+  """Scalar memory holds what is not refused."""
+  kit.needs_compiler("v5e")
+  queries, keys = heads
+  assert hull_tpu.unsupported(2 * keys, queries) is None
+  assert hull_tpu.unsupported(2 * keys + 4, queries + 4)
+  make = functools.partial(hull.init_state, 1, num_heads=queries, num_kv_heads=keys, value_dim=2)
+  state = jax.eval_shape(functools.partial(make, max_length=1000))
+  q, k = (jax.ShapeDtypeStruct((1, n, 2), jnp.float32) for n in heads)
+  aot.compile_for(
+    aot.CHIPS["v5e"], functools.partial(hull.step, implementation="tpu"), state, q, k, k
+  )
