@@ -24,16 +24,22 @@ BACKWARD = 2.5  # operations of the backward pass, of those of the forward pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Shape:
+  """Of q, k and v."""
+
+  B: int
+  T: int
+  N: int
+  H: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case(Shape):
   """One shape under one mask."""
 
   mechanism: ClassVar[str] = "softmax"
   mask: str
   """"full", "causal", "window W": the last W tokens, or "documents M": of mean length M, packed."""
-  B: int
-  T: int
-  N: int
-  H: int
 
   @property
   def name(self) -> str:
@@ -104,16 +110,12 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LinearCase:
+class LinearCase(Shape):
   """One shape of linear attention; keys and values are of one width."""
 
   mechanism: ClassVar[str] = "linear"
   decay: str
   """"token" or "channel"."""
-  B: int
-  T: int
-  N: int
-  H: int
 
   @property
   def name(self) -> str:
@@ -143,14 +145,10 @@ class LinearCase:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HardCase:
+class HardCase(Shape):
   """One shape of causal hard-max attention; keys and values are of one width."""
 
   mechanism: ClassVar[str] = "hardmax"
-  B: int
-  T: int
-  N: int
-  H: int
 
   @property
   def name(self) -> str:
