@@ -3,12 +3,10 @@
     score[t, s] = q[t] . k[s]        a token inserts its key, then reads its best key's value
 
 A query with q_y > 0 asks for the greatest k_x m + k_y at the slope m = q_x / q_y: which of the
-lines is highest over m. A Li Chao tree answers (Li 2013; `cp-algorithms.com/geometry/convex_hull_
-trick.html`): each node halves an interval of slopes and holds the line that is highest at its
-middle; the loser there sinks to the only side where it can still win. Slopes are float32 read as
-ordered integers, so a path has 33 nodes at most, whatever the keys, and nothing is ever rebuilt.
-q_y < 0 asks a second tree of the keys turned around. A line that loses at both ends of the interval
-it would sink into is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
+lines is highest over m. A Li Chao tree answers (`attention.li_chao`): a path has 33 nodes at most,
+whatever the keys, nothing is ever rebuilt, and no walk waits for another, so a token is 33
+dependent steps. q_y < 0 asks a second tree of the keys turned around. A line that cannot be highest
+any more is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
 
 On a CPU the program is loops over single numbers, all trees in turn (`attention.native`): a walk
 down one is some 20 steps of a few nanoseconds. That is one core; `over_heads` uses all. On Hopper
@@ -32,21 +30,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attention import chips, kernels, native, plane
+from attention import chips, kernels, li_chao, native, plane
 from attention.dispatch import Implementation, choose
 from pallas_kernels.hull import Inputs, Rules, Tree, score
 
-_DEPTH = 33
-_WIDTH = 5  # numbers in a node
 _TILE = 1024  # numbers that a TPU lays out together: of whole ones rows are made without a copy
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-_ENDS = [int(x) for x in np.array([-_LARGEST, _LARGEST], np.float32).view(np.uint32)]
-_SLOPES = (0xFFFFFFFF ^ _ENDS[0], 0x80000000 | _ENDS[1])
-"""The least and the greatest slope, as `plane.ordered_bits` numbers them."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +64,7 @@ class HullState:
   steps: Int[Array, ""]
   """The number of steps taken, padding included: the capacity bounds it."""
   ties: str = dataclasses.field(metadata={"static": True}, default="average")
-  stride: int = dataclasses.field(metadata={"static": True}, default=_WIDTH)
+  stride: int = dataclasses.field(metadata={"static": True}, default=li_chao.WIDTH)
   """Numbers from node to node: 5, or 8 on a TPU."""
 
   @property
@@ -121,7 +112,7 @@ def init_state(
   if jnp.dtype(dtype) != jnp.float32:
     raise ValueError(f"the state is float32, got dtype={jnp.dtype(dtype).name}")
   heads, width = batch * num_kv_heads, value_dim + 1
-  stride, size = _WIDTH, max_length + 1
+  stride, size = li_chao.WIDTH, max_length + 1
   if chips.not_tpu() is None:
     stride, size = 8, -(-size * 8 // _TILE) * _TILE // 8
   nodes = 2 * heads * size * stride + _spare(stride)
@@ -145,7 +136,7 @@ def init_state(
 
 def _spare(stride: int) -> int:
   """Numbers behind the trees, which are nobody's."""
-  return stride if stride == _WIDTH else _TILE
+  return stride if stride == li_chao.WIDTH else _TILE
 
 
 def prefill(
@@ -171,8 +162,8 @@ def step(
   *,
   implementation: str | None = None,
 ) -> tuple[HullState, Float[Array, "B N h"]]:
-  """Reads one token, its own key included: 33 dependent reads at most on a chip, where queries go
-  down beside the key. Loops take one walk after the other.
+  """Reads one token, its own key included, in at most 33 dependent steps: keys and queries go down
+  the trees that the tokens before have left, and no walk waits for another.
 
   Donate the state to the jitted function that calls this, or all of it is copied.
   `implementation` is "loops", for CPUs, "hopper" or "tpu"; None: the kernel on its chip, else
@@ -292,110 +283,24 @@ def _along_axes(state: HullState, token: _Token) -> HullState:
   return dataclasses.replace(state, extremes=extremes, along_axes=entries)
 
 
-class _Line(NamedTuple):
-  """A key of one tree."""
-
-  x: Array
-  y: Array
-  entry: Array
-
-
-class _Place(NamedTuple):
-  """The slopes that a node answers for, as ordered integers."""
-
-  low: Array
-  high: Array
-
-  @property
-  def middle(self) -> Array:
-    return self.low + ((self.high - self.low) >> 1)
-
-  def half(self, right: Array) -> "_Place":
-    middle = self.middle
-    return _Place(jnp.where(right, middle + 1, self.low), jnp.where(right, self.high, middle))
-
-
-def _root() -> _Place:
-  return _Place(*(jnp.uint32(end) for end in _SLOPES))
-
-
-def _lead(one: _Line, other: _Line, slope: Array) -> Array:
-  """How much higher the first line is. Where a product overflows, its sign is what counts."""
-  return (one.x - other.x) * slope + (one.y - other.y)
-
-
-class _Sinking(NamedTuple):
-  """A line on its way down."""
-
-  node: Array
-  """Where it comes to."""
-  place: _Place
-  """Of the node before."""
-  turned: Array
-  """What was decided there, packed: whether it went right; whether nothing was, at the root; ..."""
-  line: _Line
-  used: Array
-  merged: Array
-  """The entry of a key that is equal, or -1."""
-  going: Array
-  """0 at the end."""
-
-
-def _start_sinking(x: Array, y: Array, token: Array, used: Array, keep: Array) -> _Sinking:
-  root, turned = jnp.int32(0), native.pack(jnp.array(False), jnp.array(True))
-  return _Sinking(root, _root(), turned, _Line(x, y, token), used, jnp.int32(-1), keep)
-
-
-def _meet(ties: str, row: Any, c: _Sinking) -> tuple[tuple[Array, ...], _Sinking]:
-  """The line meets a node, whose numbers are `row`: the better one stays, the other goes on."""
-  there, line = _Line(native.floats(row[0]), native.floats(row[1]), row[2]), c.line
-  right, root = native.unpack(c.turned, 2)
-  place = _Place(
-    *(jnp.where(root, a, b) for a, b in zip(c.place, c.place.half(right), strict=True))
-  )
-  empty = c.node == c.used
-  lead = _lead(line, there, plane.from_ordered_bits(place.middle))
-  same = line.x == there.x
-  equal = same & (line.y == there.y) & ~empty
-  # Of lines that meet in the middle the flatter one sinks: the left half has the middle.
-  wins = jnp.where(same, line.y > there.y, (lead > 0) | ((lead == 0) & (line.x > there.x)))
-  wins = empty | wins | (equal if ties == "latest" else False)
-  right = ((line.x > there.x) != wins) & ~same
-  turned = native.pack(right, jnp.array(False), wins, empty, same, equal, lead != 0)
-  right, _, wins, empty, same, equal, apart = native.unpack(turned, 7)
-  choose = lambda a, b: _Line(*(jnp.where(wins, x, y) for x, y in zip(a, b, strict=True)))
-  upper, lower = choose(line, there), choose(there, line)
-  end = plane.from_ordered_bits(jnp.where(right, place.high, place.low))
-  hopeless = apart & (_lead(lower, upper, end) < 0)
-  stop = empty | same | hopeless | (place.low == place.high)
-  child = jnp.where(right, row[4], row[3])
-  new = ~stop & (child == 0)
-  child = jnp.where(new, c.used, child)
-  left, right_child = (jnp.where(empty, 0, x) for x in (row[3], row[4]))
-  row = (
-    native.bits(upper.x), native.bits(upper.y), upper.entry,
-    jnp.where(new & ~right, child, left), jnp.where(new & right, child, right_child),
-  )  # fmt: skip
-  merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
-  used, going = c.used + empty.astype(jnp.int32), jnp.where(stop, 0, 1)
-  return row, _Sinking(child, place, turned, lower, used, merged, going)
-
-
-def _sink(ties: str, stride: int, base: Array, carry: tuple[native.Rows, _Sinking]):
+def _sink(ties: str, stride: int, base: Array, carry: tuple[native.Rows, li_chao.Sinking]):
   nodes, c = carry
   array, at = nodes.written(), base + stride * c.node
-  row, c = _meet(ties, native.row(array, at, _WIDTH), c)
+  row, c = li_chao.meet(ties, native.row(array, at, li_chao.WIDTH), c)
   return native.Rows(array, at, jnp.stack(row)), c
 
 
 def _by_loops(state: HullState, token: _Token) -> tuple[HullState, Array]:
-  state, merged = _insert_all(state, token)
+  found = _seek_all(state, token)
+  state, merged = _insert_all(state, token, found[0])
   state = _remember(native.entered, state, token, merged)
-  return state, _query_all(state, token)
+  return state, _read_all(state, token, found, merged)
 
 
-def _insert_all(state: HullState, token: _Token) -> tuple[HullState, Array]:
-  """All keys into both trees of their heads; and the entries that they merged with, by tree."""
+def _insert_all(state: HullState, token: _Token, after: Array) -> tuple[HullState, Array]:
+  """All keys into both trees of their heads, once `after` is known; and the entries that they
+  merged with, by tree.
+  """
   size, key = state.stride * state.size, token.key.reshape(-1)
 
   def one(tree, carry):
@@ -403,100 +308,70 @@ def _insert_all(state: HullState, token: _Token) -> tuple[HullState, Array]:
     head, sign = tree >> 1, jnp.where(tree & 1 == 0, 1.0, -1.0)
     x, y = (sign * native.get(key, 2 * head + i) for i in (0, 1))
     keep = native.get(token.keep, head).astype(jnp.int32)
-    c = _start_sinking(x, y, state.steps, native.get(used, tree), keep)
+    c = li_chao.start_sinking(x, y, state.steps, native.get(used, tree), keep)
     sink = functools.partial(_sink, state.ties, state.stride, tree * size)
     nodes, c = lax.while_loop(lambda c: c[1].going != 0, sink, (nodes, c))
     return nodes, native.put(used, tree, c.used), native.put(merged, tree, c.merged)
 
-  start = native.unwritten(state.nodes, _WIDTH), state.used, jnp.full_like(state.used, -1)
+  nodes = native.unwritten(state.nodes, li_chao.WIDTH, after)
+  start = nodes, state.used, jnp.full_like(state.used, -1)
   nodes, used, merged = lax.fori_loop(0, state.used.shape[0], one, start)
   return dataclasses.replace(state, nodes=nodes.written(), used=used), merged
 
 
-class _Seeking(NamedTuple):
-  """A query on its way down."""
-
-  node: Array
-  """Where it comes to."""
-  place: _Place
-  """Of that node."""
-  best: Array
-  last: Array
-  """The last entry that has the best score."""
-  count: Array
-  """How many entries count: of what was found the first ones."""
-  going: Array
-  """0 at the end."""
-
-
-def _start_seeking(x: Array, y: Array, used: Array) -> _Seeking:
-  """Along an axis what is read is known without a walk."""
-  going = jnp.where((x == 0) | (y == 0) | (used == 0), 0, 1)
-  none = jnp.int32(0)
-  return _Seeking(none, _root(), jnp.float32(-jnp.inf), none, none, going)
-
-
-def _look(
-  ties: str, score: Callable[..., Array], aim: plane.Direction, row: Any, c: _Seeking
-) -> tuple[_Seeking, Array, Array]:
-  """The query meets a node, whose numbers are `row`: where among what was found to put which entry.
-  What is put behind those that count is overwritten.
+def _seek_all(state: HullState, token: _Token) -> Array:
+  """All queries down trees that do not hold this token's keys. Of each: twice the number of entries
+  found, and 1 more if its own key is as good; then these entries.
   """
-  height = score((aim.x, aim.y), (native.floats(row[0]), native.floats(row[1])))
-  better, tie = height > c.best, height == c.best
-  slot, entry = jnp.where(better, 0, c.count), row[2]
-  count = slot + (better | tie).astype(jnp.int32)
-  last = jnp.where(better, entry, jnp.where(tie, jnp.maximum(entry, c.last), c.last))
-  if ties == "latest":
-    slot, entry, count = jnp.int32(0), last, jnp.int32(1)
-  slope = plane.ordered_bits(jnp.clip(aim.slope, -_LARGEST, _LARGEST))
-  right = slope > c.place.middle
-  child = jnp.where(right, row[4], row[3])
-  going = jnp.where((child == 0) | (c.place.low == c.place.high), 0, 1)
-  best = jnp.maximum(c.best, height)
-  return _Seeking(child, c.place.half(right), best, last, count, going), slot, entry
+  query, key, asks = token.query.reshape(-1), token.key.reshape(-1), token.query.shape[0]
+
+  def one(ask, found):
+    head = lax.div(ask, jnp.int32(token.group))
+    vector = lambda x, at: (native.get(x, 2 * at), native.get(x, 2 * at + 1))
+    asking = li_chao.asking(
+      state.ties, plane.score, vector(query, ask), vector(key, head),
+      native.get(token.keep, head), state.steps,
+    )  # fmt: skip
+    tree = 2 * head + asking.second
+    base, first = tree * state.stride * state.size, ask * (li_chao.FOUND + 1)
+
+    def seek(carry):
+      found, c = carry
+      row = native.row(state.nodes, base + state.stride * c.node, li_chao.WIDTH)
+      c, slot, entry = asking.seek(row, c)
+      return native.put(found, first + 1 + slot, entry), c
+
+    start = found, asking.start(native.get(state.used, tree))
+    found, c = lax.while_loop(lambda c: c[1].going != 0, seek, start)
+    return native.put(found, first, 2 * c.count + asking.own_is_best(c))
+
+  return lax.fori_loop(0, asks, one, jnp.zeros(asks * (li_chao.FOUND + 1), jnp.int32))
 
 
-def _query(state: HullState, head: Array, x: Array, y: Array, found: Array) -> tuple[Array, Array]:
-  """The entries that one query reads, and their number: a buffer's first ones."""
-  aim = plane.direction(x, y)
-  tree = 2 * head + aim.lower.astype(jnp.int32)
-  base = tree * state.stride * state.size
-
-  def seek(carry):
-    found, c = carry
-    row = native.row(state.nodes, base + state.stride * c.node, _WIDTH)
-    c, slot, entry = _look(state.ties, plane.score, aim, row, c)
-    return native.put(found, slot, entry), c
-
-  start = found, _start_seeking(x, y, native.get(state.used, tree))
-  found, c = lax.while_loop(lambda c: c[1].going != 0, seek, start)
-  return found, c.count
-
-
-def _query_all(state: HullState, token: _Token) -> Array:
+def _read_all(state: HullState, token: _Token, found: Array, merged: Array) -> Array:
   """What all queries read, sums and numbers."""
   heads, asks, w = state.heads, token.query.shape[0], state.width
   query, along_axes = token.query.reshape(-1), state.along_axes.reshape(-1)
 
-  def one(ask, carry):
-    found, out = carry
-    head = lax.div(ask, jnp.int32(token.group))
+  def one(ask, out):
+    head, first = lax.div(ask, jnp.int32(token.group)), ask * (li_chao.FOUND + 1)
     x, y = native.get(query, 2 * ask), native.get(query, 2 * ask + 1)
-    found, count = _query(state, head, x, y, found)
+    merge = native.get(merged, 2 * head + (y < 0).astype(jnp.int32))
+    count, own = (native.get(found, first) >> 1, native.get(found, first) & 1)
+    entry, total = li_chao.with_own(state.ties, count, own, state.steps, merge)
 
     def add(i, out):
-      start = (native.get(found, i) * heads + head) * w
+      token = jnp.where(i == count, entry, native.get(found, first + 1 + i))
+      start = (token * heads + head) * w
       return native.add(out, ask * w, state.entries, start, jnp.int32(w), i == 0)
 
-    out = lax.fori_loop(0, count, add, out)
+    out = lax.fori_loop(0, total, add, out)
     axis = (x == 0) | (y == 0)
-    side = _side(x, y)
-    start = (side * heads + head) * w
-    return found, native.add(out, ask * w, along_axes, start, jnp.where(axis, w, 0), True)
+    start = (_side(x, y) * heads + head) * w
+    return native.add(out, ask * w, along_axes, start, jnp.where(axis, w, 0), True)
 
-  start = jnp.zeros(_DEPTH + 1, jnp.int32), native.unwritten(jnp.zeros(asks * w + 1), 1)
-  return lax.fori_loop(0, asks, one, start)[1].written()[:-1].reshape(asks, w)
+  start = native.unwritten(jnp.zeros(asks * w + 1), 1)
+  return lax.fori_loop(0, asks, one, start).written()[:-1].reshape(asks, w)
 
 
 # On a chip: each tree is a program, and what is left of a step is array operations.
@@ -504,14 +379,12 @@ def _query_all(state: HullState, token: _Token) -> Array:
 
 def _on_chip(name: str, state: HullState, token: _Token) -> tuple[HullState, Array]:
   chip = kernels.module("hull", name)
-
-  def walk(x, y):
-    aim = plane.direction(x, y)
-    look = functools.partial(_look, state.ties, score, aim)
-    return aim.lower.astype(jnp.int32), functools.partial(_start_seeking, x, y), look
-
-  tree = Tree(state.size, _WIDTH, state.stride, _DEPTH + 1)
-  rules = Rules(_start_sinking, functools.partial(_meet, state.ties), walk)
+  tree = Tree(state.size, li_chao.WIDTH, state.stride, li_chao.FOUND)
+  of = functools.partial
+  rules = Rules(
+    li_chao.start_sinking, of(li_chao.meet, state.ties), of(li_chao.asking, state.ties, score),
+    of(li_chao.with_own, state.ties),
+  )  # fmt: skip
   given = Inputs(
     state.nodes, state.used, token.key, token.keep.astype(jnp.int32), state.steps[None],
     token.query,
@@ -557,7 +430,7 @@ def _read_on_chip(state: HullState, token: _Token, found: Array, count: Array) -
 
 def _not_for_a_tpu(call: tuple[HullState, _Token]) -> str | None:
   state, token = call
-  if state.stride == _WIDTH:
+  if state.stride == li_chao.WIDTH:
     return chips.not_tpu() or "the state was not made on a TPU"
   chip = kernels.module("hull", "tpu")
   return chips.not_tpu() or chip.unsupported(state.used.shape[0], token.query.shape[0])

@@ -74,9 +74,12 @@ class Rows(NamedTuple):
     return put_row(self.array, self.at, self.row)
 
 
-def unwritten(array: Array, width: int) -> Rows:
-  """Nothing yet to write: zeros in the last row, which must be nobody's."""
-  return Rows(array, jnp.int32(array.shape[0] - width), jnp.zeros(width, array.dtype))
+def unwritten(array: Array, width: int, after: Array | int = 0) -> Rows:
+  """Nothing yet to write: the number `after`, in the last row, which must be nobody's. What that
+  number comes of has read the array before, so XLA need not copy it.
+  """
+  last = jnp.full(width, after, array.dtype)
+  return Rows(array, jnp.int32(array.shape[0] - width), last)
 
 
 def add(to: Rows, at: Array, new: Array, start: Array, width: Array, fresh: Array | bool) -> Rows:

@@ -5,9 +5,8 @@ head, and each query down one of them, side by side.
 
 The rules of a walk are the caller's (`attention.hull`), with a state of single numbers. A node is a
 `row` of int32, and `c` a tuple with the fields `node`, where to read next, and `going`, an int32
-that is 0 where the walk ends. A node that key and query come to in one turn is read once as it was;
-the query gets what the key has made of it. Deeper the key has changed nothing yet, so queries read
-the tree that holds the key.
+that is 0 where the walk ends. All walks go down one node a turn, and what a turn reads it reads
+before it writes: a query sees no node that the key has changed, and reads its own key apart.
 """
 
 from collections.abc import Callable
@@ -36,6 +35,19 @@ class Tree(NamedTuple):
     return (tree * self.size + node) * self.stride
 
 
+class Asking(NamedTuple):
+  """How one query walks."""
+
+  second: Any
+  """Which of the head's two trees it asks, 0 or 1."""
+  start: Callable[..., Any]
+  """start(used) -> c, whose end has the field `count`."""
+  seek: Callable[..., Any]
+  """seek(row, c) -> (c, slot, entry): an entry that the query may read, and where to put it."""
+  own_is_best: Callable[..., Any]
+  """own_is_best(c), at the end: 1 if no key is better than the query's own, else 0."""
+
+
 class Rules(NamedTuple):
   """How keys and queries walk."""
 
@@ -43,9 +55,11 @@ class Rules(NamedTuple):
   """insert(x, y, token, used, keep) -> c, whose end has the fields `used` and `merged`."""
   meet: Callable[..., Any]
   """meet(row, c) -> (row, c): a key on its way down meets a node."""
-  ask: Callable[..., Any]
-  """ask(x, y) -> (which of the head's two trees is asked, start, seek): start(used) -> c, whose end
-  has the field `count`, and seek(row, c) -> (c, slot, entry), an entry that the query may read.
+  ask: Callable[..., Asking]
+  """ask(query, key, keep, token), of vectors (x, y)."""
+  with_own: Callable[..., Any]
+  """with_own(count, own, token, merged) -> (entry, count): what the own key adds to what was found,
+  behind the others, and how many entries count then; `merged` is of the tree that was asked.
   """
 
 

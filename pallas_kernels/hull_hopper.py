@@ -30,55 +30,52 @@ def _walk(inputs: Inputs, *outputs: Any, scratch: Any, tree: Tree, rules: Rules)
   del scratch
   out, mine = Walked(*outputs), lax.axis_index("tree")
   head, half = lax.div(mine, jnp.int32(2)), lax.rem(mine, jnp.int32(2))
-  keep, used = inputs.keep[head], inputs.used[mine]
-  x, y = (jnp.where(half == 0, z, -z) for z in (inputs.keys[head, 0], inputs.keys[head, 1]))
+  keep, used, token = inputs.keep[head], inputs.used[mine], inputs.token[0]
+  key = inputs.keys[head, 0], inputs.keys[head, 1]
   group = inputs.queries.shape[0] // inputs.keys.shape[0]
   asks = [head * group + i for i in range(group)]
-  halves, starts, seeks = zip(
-    *(rules.ask(inputs.queries[ask, 0], inputs.queries[ask, 1]) for ask in asks), strict=True
-  )
-  seeking = [start(used + keep) for start in starts]
-  seeking = [
-    s._replace(going=jnp.where(lower == half, s.going, 0))
-    for lower, s in zip(halves, seeking, strict=True)
+  asking = [
+    rules.ask((inputs.queries[ask, 0], inputs.queries[ask, 1]), key, keep != 0, token)
+    for ask in asks
   ]
+  seeking = [a.start(jnp.where(a.second == half, used, 0)) for a in asking]
 
   def read(c):
     at = tree.at(mine, c.node)
     return tuple(inputs.nodes[at + i] for i in range(tree.width))
 
   def turn(carry):
-    key, queries = carry
-    node, *rows = (read(c) for c in (key, *queries))
-    node, after = rules.meet(node, key)
+    sinking, queries = carry
+    node, *rows = (read(c) for c in (sinking, *queries))
+    node, after = rules.meet(node, sinking)
 
-    @pl.when(key.going != 0)
+    @pl.when(sinking.going != 0)
     def _():
       for i, number in enumerate(node):
-        inputs.nodes[tree.at(mine, key.node) + i] = number
+        inputs.nodes[tree.at(mine, sinking.node) + i] = number
 
     moved = []
-    for ask, seek, c, row in zip(asks, seeks, queries, rows, strict=True):
-      met = (key.going != 0) & (c.node == key.node)
-      row = tuple(jnp.where(met, new, old) for new, old in zip(node, row, strict=True))
-      then, slot, entry = seek(row, c)
+    for ask, a, c, row in zip(asks, asking, queries, rows, strict=True):
+      then, slot, entry = a.seek(row, c)
 
       @pl.when(c.going != 0)
       def _(ask=ask, slot=slot, entry=entry):
         out.found[ask, slot] = entry
 
       moved.append(gone_on(c, then))
-    return gone_on(key, after), moved
+    return gone_on(sinking, after), moved
 
-  start = rules.insert(x, y, inputs.token[0], used, keep), seeking
+  turned = (jnp.where(half == 0, z, -z) for z in key)
+  start = rules.insert(*turned, token, used, keep), seeking
   any_goes = lambda carry: sum(c.going for c in (carry[0], *carry[1])) != 0
-  key, seeking = lax.while_loop(any_goes, turn, start)
-  out.used[mine], out.merged[mine] = key.used, key.merged
-  for ask, lower, c in zip(asks, halves, seeking, strict=True):
+  sinking, seeking = lax.while_loop(any_goes, turn, start)
+  out.used[mine], out.merged[mine] = sinking.used, sinking.merged
+  for ask, a, c in zip(asks, asking, seeking, strict=True):
+    own, count = rules.with_own(c.count, a.own_is_best(c), token, sinking.merged)
 
-    @pl.when(lower == half)
-    def _(ask=ask, c=c):
-      out.count[ask] = c.count
+    @pl.when(a.second == half)
+    def _(ask=ask, c=c, own=own, count=count):
+      out.found[ask, c.count], out.count[ask] = own, count
 
 
 def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.hull import Inputs, Rules, Tree, Walked
+from pallas_kernels.hull import Asking, Inputs, Rules, Tree, Walked
 
 Array = jax.Array
 LANES = 128
@@ -55,7 +55,8 @@ def _states(rules: Rules) -> tuple[Any, Any]:
   """The fields of a key's state and of a query's."""
   real, whole = (jax.ShapeDtypeStruct((), kind) for kind in (jnp.float32, jnp.int32))
   key = jax.eval_shape(rules.insert, real, real, whole, whole, whole)
-  ask = jax.eval_shape(lambda x, y, used: rules.ask(x, y)[1](used), real, real, whole)
+  asked = lambda x, y, token: rules.ask((x, y), (x, y), token != 0, token).start(token)
+  ask = jax.eval_shape(asked, real, real, whole)
   return key, ask
 
 
@@ -78,8 +79,8 @@ class _Scratch(NamedTuple):
   key_states: Any
   """int32 `fields 2X`."""
   ask_states: Any
-  at: Any
-  """int32 `2 2X`: a key's node at this level, -1 where its walk has ended; and that node's row."""
+  rows: Any
+  """int32 `2X`: the row of the node that a key has changed on this level, -1 if none."""
   trees: Any
   """int32 `G*X`: which one a query asks."""
   reads: Any
@@ -97,7 +98,7 @@ class _Level:
 
   def begin(self) -> None:
     """Every walk at its root."""
-    given, group = self.inputs, 2 * self.asks // self.trees
+    given = self.inputs
 
     @functools.partial(_each, self.trees)
     def _(t):
@@ -108,13 +109,19 @@ class _Level:
 
     @functools.partial(_each, self.asks)
     def _(a):
-      lower, start, _ = self.ask(a)
-      head = lax.div(a, jnp.int32(group))
-      self.scratch.trees[a] = 2 * head + lower
-      self.queries[a] = start(given.used[2 * head + lower] + given.keep[head])
+      asking = self.ask(a)
+      tree = 2 * self.head(a) + asking.second
+      self.scratch.trees[a] = tree
+      self.queries[a] = asking.start(given.used[tree])
 
-  def ask(self, a: Array) -> Any:
-    return self.rules.ask(self.inputs.queries[2 * a], self.inputs.queries[2 * a + 1])
+  def head(self, a: Array) -> Array:
+    return lax.div(a, jnp.int32(2 * self.asks // self.trees))
+
+  def ask(self, a: Array) -> Asking:
+    given, head = self.inputs, self.head(a)
+    vector = lambda x, i: (x[2 * i], x[2 * i + 1])
+    query, key = vector(given.queries, a), vector(given.keys, head)
+    return self.rules.ask(query, key, given.keep[head] != 0, given.token[0])
 
   def place(self, t: Array, c: Any) -> tuple[Array, Array]:
     """The row of a walk's next node, and where it begins there."""
@@ -144,14 +151,14 @@ class _Level:
 
   def written(self, t: Array) -> Any:
     """The copy of a key's row to where it was."""
-    row = self.inputs.nodes.at[self.scratch.at[1, t]]
+    row = self.inputs.nodes.at[self.scratch.rows[t]]
     return pltpu.make_async_copy(self.scratch.key_rows.at[t], row, self.scratch.writes.at[0])
 
   def meet(self, t: Array) -> None:
     """One key meets a node."""
     c, rows = self.keys[t], self.scratch.key_rows
     row, lane = self.place(t, c)
-    self.scratch.at[0, t], self.scratch.at[1, t] = jnp.where(c.going != 0, c.node, -1), row
+    self.scratch.rows[t] = jnp.where(c.going != 0, row, -1)
 
     @pl.when(c.going != 0)
     def _():
@@ -162,23 +169,20 @@ class _Level:
       self.keys[t] = then
 
   def seek(self, a: Array) -> None:
-    """One query meets a node, as the key has left it if both are there."""
+    """One query meets a node."""
     c = self.queries[a]
 
     @pl.when(c.going != 0)
     def _():
-      t = self.scratch.trees[a]
-      lane, same = self.place(t, c)[1], self.scratch.at[0, t] == c.node
-      both = (self.node(self.scratch.key_rows, t, lane), self.node(self.scratch.ask_rows, a, lane))
-      seen = tuple(jnp.where(same, new, old) for new, old in zip(*both, strict=True))
-      then, slot, entry = self.ask(a)[2](seen, c)
+      lane = self.place(self.scratch.trees[a], c)[1]
+      then, slot, entry = self.ask(a).seek(self.node(self.scratch.ask_rows, a, lane), c)
       self.out.found[a * self.tree.depth + slot] = entry
       self.queries[a] = then
 
   def settle(self, t: Array) -> None:
     """Waits for a key's write: the next level may read that row."""
 
-    @pl.when(self.scratch.at[0, t] >= 0)
+    @pl.when(self.scratch.rows[t] >= 0)
     def _():
       self.written(t).wait()
 
@@ -202,7 +206,11 @@ class _Level:
 
     @functools.partial(_each, self.asks)
     def _(a):
-      self.out.count[a] = self.queries[a].count
+      c, merged = self.queries[a], self.keys[self.scratch.trees[a]].merged
+      own, count = self.rules.with_own(
+        c.count, self.ask(a).own_is_best(c), self.inputs.token[0], merged
+      )
+      self.out.found[a * self.tree.depth + c.count], self.out.count[a] = own, count
 
 
 def _kernel(used, keys, keep, token, queries, _, nodes, *rest, tree: Tree, rules: Rules):
@@ -233,7 +241,7 @@ def step(inputs: Inputs, tree: Tree, rules: Rules) -> tuple[Array, Walked]:
       ask_rows=pltpu.SMEM((asks, 1, LANES), jnp.int32),
       key_states=pltpu.SMEM((fields[0], trees), jnp.int32),
       ask_states=pltpu.SMEM((fields[1], asks), jnp.int32),
-      at=pltpu.SMEM((2, trees), jnp.int32),
+      rows=pltpu.SMEM((trees,), jnp.int32),
       trees=pltpu.SMEM((asks,), jnp.int32),
       reads=pltpu.SemaphoreType.DMA((2,)),
       writes=pltpu.SemaphoreType.DMA((1,)),
