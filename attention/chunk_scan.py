@@ -1,15 +1,16 @@
-"""Linear attention in chunks: C tokens of the recurrence at a time, and its own backward pass.
+"""Linear attention in chunks of C tokens, some chunks at a time, and its own backward pass.
 
     P = (Q K^T) * exp(between)      inside the chunk, from j to i >= j
     O = P V + (Q * exp(prefix)) S                 S' = exp(total) S + (K * exp(suffix))^T V
 
-`attention/chunks.py` has the decays. The backward pass keeps the inputs and nothing else. It runs
-the states forward once more, one per chunk (as many numbers as v has, when C = M), and then walks
-back over the chunks, each recomputed from the state that enters it and differentiated there and
-then. That is plain JAX, so it differentiates again.
+`attention/chunks.py` has the decays. G chunks are a group: what is inside a chunk is computed for
+all of them at once, as if they were rows of the batch, and only states go from one to the next. The
+backward pass keeps the inputs and nothing else. It runs the states forward once more, keeping one
+per group, and then walks back over the groups, each recomputed from the state that enters it and
+differentiated there and then. That is plain JAX, so it differentiates again.
 
-The layout inside a chunk is head-major, [B N C width], and every buffer of the loop is used again
-for the next chunk: on a CPU the working set of one chunk stays in cache.
+The layout inside a chunk is head-major, [GB N C width], and every buffer of the loop is used again
+for the next group: on a CPU the working set of a group stays in cache.
 """
 
 import functools
@@ -22,6 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attention import chunks
 from attention.feature_maps import FeatureMap
+
+GROUP = 8
+"""Chunks of a group, at most, and ..."""
+_GROUP_ELEMENTS = 2**18
+"""... numbers of one of its arrays, all heads together: 1 MiB, what a core's cache holds."""
 
 
 class State(NamedTuple):
@@ -44,7 +50,7 @@ class Rule(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """The differentiable inputs of a chunk's tokens, [B C heads width]."""
+  """The differentiable inputs of a group's tokens, [GB C heads width]."""
 
   q: jax.Array
   k: jax.Array
@@ -53,16 +59,16 @@ class Tokens(NamedTuple):
 
 
 class Marks(NamedTuple):
-  """The integers of a chunk's tokens."""
+  """The integers of a group's tokens."""
 
   positions: jax.Array
-  keep: jax.Array | None  # [B C], False where a token is padding
-  runs: jax.Array | None  # [B C], the number of the token's document
-  before: jax.Array | None  # [B], of the document active before the chunk
+  keep: jax.Array | None  # [GB C], False where a token is padding
+  runs: jax.Array | None  # [GB C], the number of the token's document
+  before: jax.Array | None  # [GB], of the document active before the chunk
 
 
 class _Terms(NamedTuple):
-  """A chunk's tokens as the state sees them, [B N C width], and how it fades across them."""
+  """A group's tokens as states see them, [GB N C width], and how these fade across a chunk."""
 
   k: jax.Array
   v: jax.Array
@@ -79,7 +85,7 @@ def spread(x: jax.Array, num_heads: int, axis: int) -> jax.Array:
 
 
 def _head_major(x: jax.Array, num_heads: int) -> jax.Array:
-  """[B C K W] -> [B N C W], every head repeated for the output heads that read it."""
+  """[GB C K W] -> [GB N C W], every head repeated for the output heads that read it."""
   return spread(jnp.swapaxes(x, 1, 2), num_heads, 1)
 
 
@@ -105,19 +111,28 @@ def _terms(rule: Rule, phi: FeatureMap, x: Tokens, marks: Marks) -> _Terms:
   return _Terms(k, v, g, masks, read, write, carry)
 
 
-def _write(rule: Rule, state: State, x: _Terms) -> State:
-  """The state after a chunk."""
+def _states(rule: Rule, state: State, x: _Terms) -> tuple[State, State]:
+  """The state after a group, and those that enter its chunks, [GB ...]."""
+  B = state.kv.shape[0]
+  in_order = lambda x: x.reshape(-1, B, *x.shape[1:])
   k = x.k * x.write
-  new = jnp.einsum("bncm,bnch->bnmh", k, x.v, precision=rule.precision)
-  if isinstance(x.carry, float):
+  kv = jnp.einsum("bncm,bnch->bnmh", k, x.v, precision=rule.precision)
+  new = in_order(kv), in_order(jnp.sum(k, axis=2)) if rule.normalize else None
+  carry = None if isinstance(x.carry, float) else in_order(x.carry)
+
+  def chunk(state, x):
+    (new_kv, new_z), carry = x
     kv, z = state
-  else:
-    kv, z = state.kv * jnp.swapaxes(x.carry, -1, -2), state.z * x.carry[:, :, 0, :]
-  return State(kv + new, z + jnp.sum(k, axis=2) if rule.normalize else state.z)
+    if carry is not None:
+      kv, z = kv * jnp.swapaxes(carry, -1, -2), z * carry[:, :, 0, :]
+    return State(kv + new_kv, state.z if new_z is None else z + new_z), state
+
+  state, entering = lax.scan(chunk, state, (new, carry))
+  return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), entering)
 
 
 def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
-  """P_ij, what token i reads of token j's write: [B N C C]."""
+  """P_ij, what token i reads of token j's write: [GB N C C]."""
   causal = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))[None, None]
   allowed = causal if x.masks is None else causal & x.masks.same
   if x.g is not None and x.g.shape[-1] > 1:
@@ -130,7 +145,7 @@ def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
 
 
 def _read(rule: Rule, state: State, q: jax.Array, x: _Terms) -> jax.Array:
-  """The outputs of a chunk, from the state that enters it: [B N C h]."""
+  """The outputs of a group, from the states that enter its chunks: [GB N C h]."""
   scores, q = _scores(rule, q, x), q * x.read
   out = jnp.einsum("bncs,bnsh->bnch", scores, x.v, precision=rule.precision)
   out = out + jnp.einsum("bncm,bnmh->bnch", q, state.kv, precision=rule.precision)
@@ -148,24 +163,25 @@ def divide(x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.where(something, x / jnp.where(something, weight, 1), 0)
 
 
-def _chunk(
+def _group(
   rule: Rule, phi: FeatureMap, state: State, x: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
-  """One chunk: (state after, outputs [B C N h])."""
+  """One group: (state after, outputs [GB C N h])."""
   terms = _terms(rule, phi, x, marks)
   q = _head_major(
     phi(x.q.astype(rule.dtype), positions=marks.positions, is_query=True), rule.num_heads
   )
-  out = jnp.swapaxes(_read(rule, state, q, terms), 1, 2)
-  return _write(rule, state, terms), out.astype(x.v.dtype)
+  state, entering = _states(rule, state, terms)
+  out = jnp.swapaxes(_read(rule, entering, q, terms), 1, 2)
+  return state, out.astype(x.v.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(
   rule: Rule, phi: FeatureMap, state: State, xs: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
-  """All chunks, [chunks B C ...]; the backward pass is `_scan_backward`."""
-  return lax.scan(lambda state, x: _chunk(rule, phi, state, *x), state, (xs, marks))
+  """All groups, [groups GB C ...]; the backward pass is `_scan_backward`."""
+  return lax.scan(lambda state, x: _group(rule, phi, state, *x), state, (xs, marks))
 
 
 def _scan_forward(rule, phi, state, xs, marks):
@@ -173,17 +189,17 @@ def _scan_forward(rule, phi, state, xs, marks):
 
 
 def _scan_backward(rule, saved, gradients):
-  """States forward again, one per chunk; then the chunks backward, each recomputed."""
+  """States forward again, one per group; then the groups backward, each recomputed."""
   phi, state, xs, marks = saved
   d_state, d_out = gradients
 
   def forward(state, x):
-    return _write(rule, state, _terms(rule, phi, *x)), state
+    return _states(rule, state, _terms(rule, phi, *x))[0], state
 
   def backward(carry, x):
     d_state, d_phi = carry
     state, tokens, marks, d_out = x
-    _, pull = jax.vjp(lambda p, s, x: _chunk(rule, p, s, x, marks), phi, state, tokens)
+    _, pull = jax.vjp(lambda p, s, x: _group(rule, p, s, x, marks), phi, state, tokens)
     d_phi_here, d_state, d_tokens = pull((d_state, d_out))
     return (d_state, jax.tree.map(jnp.add, d_phi, d_phi_here)), d_tokens
 
@@ -201,11 +217,27 @@ def sum_dtype(x: jax.Array) -> Any:
   return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-def cut(x: jax.Array, chunk_size: int, mode: str = "constant") -> jax.Array:
-  """[B T ...] -> [chunks B C ...], the last chunk padded."""
+def group_size(T: int, chunk_size: int, numbers: int) -> int:
+  """G for T tokens, where the largest array of one chunk has so many numbers. Fewer chunks are
+  nothing but padding than there are groups.
+  """
+  chunks = max(1, -(-T // chunk_size))
+  groups = -(-chunks // max(1, min(GROUP, _GROUP_ELEMENTS // numbers)))
+  return -(-chunks // groups)
+
+
+def cut(x: jax.Array, chunk_size: int, group: int = 1, mode: str = "constant") -> jax.Array:
+  """[B T ...] -> [groups GB C ...], the last group padded."""
   B, T = x.shape[:2]
-  x = jnp.pad(x, [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-  return jnp.moveaxis(x.reshape(B, -1, chunk_size, *x.shape[2:]), 1, 0)
+  x = jnp.pad(x, [(0, 0), (0, -T % (group * chunk_size))] + [(0, 0)] * (x.ndim - 2), mode=mode)
+  x = jnp.moveaxis(x.reshape(B, -1, group, chunk_size, *x.shape[2:]), 0, 2)
+  return x.reshape(-1, group * B, chunk_size, *x.shape[4:])
+
+
+def join(x: jax.Array, batch: int) -> jax.Array:
+  """[groups GB C ...] -> [B T ...], padding included."""
+  x = x.reshape(x.shape[0], -1, batch, *x.shape[2:])
+  return jnp.moveaxis(x, 2, 0).reshape(batch, -1, *x.shape[4:])
 
 
 def full_decay(g: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -228,20 +260,23 @@ def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def make_marks(
   shape: tuple[int, int],
   chunk_size: int,
+  group: int,
   positions: jax.Array | None,
   lengths: jax.Array | None,
   segment_ids: jax.Array | None,
 ) -> Marks:
-  """Positions, padding and documents of every chunk, [chunks B C], for `shape` = (B, T)."""
+  """Positions, padding and documents of every group, [groups GB C], for `shape` = (B, T)."""
   B, T = shape
   index = jnp.arange(T, dtype=jnp.int32)[None]
   keep = index < (T if lengths is None else lengths.astype(jnp.int32)[:, None])
   runs = before = None
   if segment_ids is not None:
     runs = chunks.number_runs(begins(segment_ids) & keep)  # padding begins no document
-    runs = cut(runs, chunk_size, mode="edge")
-    before = jnp.concatenate([jnp.zeros_like(runs[:1, :, 0]), runs[:-1, :, -1]])
+    runs = cut(runs, chunk_size, group, mode="edge")
+    last = join(runs[..., -1:], B)  # of each chunk, [B chunks]
+    before = jnp.pad(last[:, :-1], [(0, 0), (1, 0)])
+    before = cut(before, 1, group)[..., 0]
   positions = jnp.broadcast_to(index if positions is None else positions, (B, T))
-  padded = lengths is not None or T % chunk_size
-  keep = cut(jnp.broadcast_to(keep, (B, T)), chunk_size) if padded else None
-  return Marks(cut(positions, chunk_size), keep, runs, before)
+  padded = lengths is not None or T % (group * chunk_size)
+  keep = cut(jnp.broadcast_to(keep, (B, T)), chunk_size, group) if padded else None
+  return Marks(cut(positions, chunk_size, group), keep, runs, before)

@@ -50,6 +50,8 @@ from attention.chunk_scan import (
   cut,
   divide,
   full_decay,
+  group_size,
+  join,
   make_marks,
   scan,
   spread,
@@ -184,13 +186,16 @@ def _chunked(call: Call) -> tuple[Output, State]:
   dtype = sum_dtype(call.q)
   C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
   tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, (B, T, N)))
-  marks = make_marks((B, T), C, call.positions, call.lengths, call.segment_ids)
+  M, h = call.feature_map.num_features(call.q.shape[3]), call.v.shape[3]
+  G = group_size(T, C, B * N * C * max(C, M, h))
+  marks = make_marks((B, T), C, G, call.positions, call.lengths, call.segment_ids)
   state = _initial_state(call, loops.zero((tokens, marks), dtype))
 
   precision = lax.Precision.HIGHEST if call.q.dtype.itemsize >= 4 else lax.Precision.DEFAULT
   rule = Rule(N, dtype, call.normalize, call.scale, precision)
-  state, out = scan(rule, call.feature_map, state, jax.tree.map(lambda x: cut(x, C), tokens), marks)
-  out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])[:, :T]
+  groups = jax.tree.map(lambda x: cut(x, C, G), tokens)
+  state, out = scan(rule, call.feature_map, state, groups, marks)
+  out = join(out, B)[:, :T]
   if call.lengths is not None:
     real = jnp.arange(T, dtype=call.lengths.dtype)[None] < call.lengths[:, None]
     out = jnp.where(real[..., None, None], out, 0)

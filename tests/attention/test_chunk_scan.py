@@ -19,7 +19,22 @@ def test_cut_pads_the_last_chunk():
   x = jnp.arange(10.0).reshape(2, 5)
   pieces = chunk_scan.cut(x, 4)
   np.testing.assert_array_equal(pieces[1], [[4, 0, 0, 0], [9, 0, 0, 0]])
-  np.testing.assert_array_equal(chunk_scan.cut(x, 4, "edge")[1, 1], [9, 9, 9, 9])
+  np.testing.assert_array_equal(chunk_scan.cut(x, 4, mode="edge")[1, 1], [9, 9, 9, 9])
+
+
+def test_groups_are_cut_and_joined():
+  """Chunks of a group stand beside each other, as rows of the batch, in order."""
+  x = jnp.arange(20.0).reshape(2, 10)
+  groups = chunk_scan.cut(x, 2, 3)
+  assert groups.shape == (2, 6, 2)
+  np.testing.assert_array_equal(groups[0], [[0, 1], [10, 11], [2, 3], [12, 13], [4, 5], [14, 15]])
+  np.testing.assert_array_equal(chunk_scan.join(groups, 2)[:, :10], x)
+
+
+def test_a_group_fits_the_cache_and_pads_little():
+  size = lambda T, numbers: chunk_scan.group_size(T, 64, numbers)
+  assert [size(T, 1) for T in (0, 1, 64, 65, 512, 513, 600)] == [1, 1, 1, 2, 8, 5, 5]
+  assert [size(10_000, n) for n in (2**14, 2**16, 2**18, 2**20)] == [8, 4, 1, 1]
 
 
 def test_full_decay_of_each_form():
@@ -33,7 +48,14 @@ def test_full_decay_of_each_form():
 
 def test_padding_begins_no_document():
   ids, lengths = jnp.array([[0, 0, 1, 7, 7]], jnp.int32), jnp.array([3], jnp.int32)
-  marks = chunk_scan.make_marks((1, 5), 4, None, lengths, ids)
+  marks = chunk_scan.make_marks((1, 5), 4, 1, None, lengths, ids)
   np.testing.assert_array_equal(marks.runs[:, 0], [[0, 0, 1, 1], [1, 1, 1, 1]])
   np.testing.assert_array_equal(marks.before[:, 0], [0, 1])
   np.testing.assert_array_equal(marks.keep[:, 0], [[1, 1, 1, 0], [0, 0, 0, 0]])
+
+
+def test_a_chunk_of_padding_continues_the_last_document():
+  """Or the state that it hands on would be lost."""
+  marks = chunk_scan.make_marks((1, 5), 2, 2, None, None, jnp.array([[0, 0, 0, 0, 1]], jnp.int32))
+  np.testing.assert_array_equal(marks.runs, [[[0, 0], [0, 0]], [[1, 1], [1, 1]]])
+  np.testing.assert_array_equal(marks.before, [[0, 0], [0, 1]])

@@ -141,7 +141,8 @@ def test_the_reference_is_the_recurrence_of_the_papers(kind, normalize):
   [*((kind, 63) for kind in DECAYS), ("token", 1), ("channel", 7), ("none", 200), ("channel", 200)],
 )
 def test_output_state_and_every_gradient_equal_the_recurrence(kind, T):
-  check((*tokens(T), decay(kind, T), some_state()))
+  """The longest are 13 chunks, 14 in two groups."""
+  check((*tokens(T), decay(kind, T), some_state()), chunk_size=16 if T == 200 else 32)
 
 
 @pytest.mark.parametrize("kind", ["token", "channel"])
@@ -151,6 +152,7 @@ def test_normalized_with_a_feature_map_in_documents(kind):
     {"segment_ids": documents(90)},
     feature_map="elu_plus_one",
     normalize=True,
+    chunk_size=8,
   )
 
 
