@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from attention.exponential import exp
+
 
 class Running(NamedTuple):
   """What is known of each row so far, float32. Leading axes are the caller's."""
@@ -51,8 +53,8 @@ def update(
   probabilities and values. What dropout does not keep has a probability and no value.
   """
   m = jnp.maximum(state.m, scores.max(-1))
-  p = jnp.exp(scores - _finite(m)[..., None])
-  decay = jnp.exp(state.m - _finite(m))
+  p = exp(scores - _finite(m)[..., None])
+  decay = exp(state.m - _finite(m))
   used = p if keep is None else jnp.where(keep, p, 0.0)
   new = jnp.einsum(contract, used.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return Running(m, state.l * decay + p.sum(-1), state.acc * decay[..., None] + new)

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from attention import dropout, loops, masks, online_softmax, scores
+from attention.exponential import exp
 from attention.masks import Mask, Span
 from attention.scores import Modifiers
 from attention.types import Array
@@ -390,7 +391,7 @@ def _backward(settings, modifiers, mask, q, k, v, d_out, lse, delta, seeds):
       modify = lambda product, part: tile.modify(product.swapaxes(1, 2), part).swapaxes(1, 2)
       s, pull = jax.vjp(modify, _sum("rsh,rqh->rsq", k_tile, q_tile), tile.part(modifiers))
       s = s if mask is None else jnp.where(tile.allowed(mask).swapaxes(1, 2), s, -jnp.inf)
-      p = jnp.exp(s - lse_tile)
+      p = exp(s - lse_tile)
       dp = _sum("rsh,rqh->rsq", v_tile, d_tile)
       used = p
       if seeds is not None:
