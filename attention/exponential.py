@@ -17,6 +17,7 @@ from attention import chips
 
 _LEAST = -88.0  # e^x is below the least normal number
 _ROUNDER = 1.5 * 2**23
+_ROUNDER_BITS = 0x4B400000
 _LN2 = 0.693359375, -2.12194440e-4  # the first has so few bits that its multiples are exact
 _POWERS = (1.0, 1.0, 0.49999994, 0.16666432, 0.041668002, 0.008374163, 0.0013843644)
 
@@ -32,10 +33,11 @@ def exp(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 @jax.custom_jvp
 def _exp(x):
   x = jnp.maximum(x, _LEAST)
-  shifted = x * (1 / 0.6931471805599453) + _ROUNDER
-  n = shifted - _ROUNDER
+  bits = lax.bitcast_convert_type(x * (1 / 0.6931471805599453) + _ROUNDER, jnp.int32)
+  whole = bits - _ROUNDER_BITS  # In floats it would be (a + c) - c, and some XLA make a of that.
+  n = whole.astype(jnp.float32)
   f = x - n * _LN2[0] - n * _LN2[1]
-  power = (lax.bitcast_convert_type(shifted, jnp.int32) + 127) << 23
+  power = (whole + 127) << 23
   total = jnp.full_like(f, _POWERS[-1])
   for c in _POWERS[-2::-1]:
     total = total * f + c

@@ -23,7 +23,7 @@ def on_a_tpu(monkeypatch):
 @pytest.mark.parametrize("ties", ["average", "latest"])
 def test_it_reads_what_the_loops_read(ties):
   interpreted = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-  hardmax_kit.check_hull("tpu", ties, 16, interpreted)
+  hardmax_kit.check_hull("tpu", ties, 13, interpreted)
 
 
 def test_no_row_holds_nodes_of_two_trees():
