@@ -8,8 +8,11 @@ Softmax spends on it much of what it does not spend on matrix products; FlashAtt
 al. 2026) does the same on GPUs whose matrix units have outrun their exponentials.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -17,8 +20,8 @@ from attention import chips
 
 _LEAST = -88.0  # e^x is below the least normal number
 _ROUNDER = 1.5 * 2**23
-_ROUNDER_BITS = 0x4B400000
-_LN2 = 0.693359375, -2.12194440e-4  # the first has so few bits that its multiples are exact
+_ROUNDER_BITS = int(np.float32(_ROUNDER).view(np.int32))
+_LN2 = 0.693359375, math.log(2) - 0.693359375  # the first has so few bits: its multiples are exact
 _POWERS = (1.0, 1.0, 0.49999994, 0.16666432, 0.041668002, 0.008374163, 0.0013843644)
 
 
@@ -33,7 +36,7 @@ def exp(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
 @jax.custom_jvp
 def _exp(x):
   x = jnp.maximum(x, _LEAST)
-  bits = lax.bitcast_convert_type(x * (1 / 0.6931471805599453) + _ROUNDER, jnp.int32)
+  bits = lax.bitcast_convert_type(x * (1 / math.log(2)) + _ROUNDER, jnp.int32)
   whole = bits - _ROUNDER_BITS  # In floats it would be (a + c) - c, and some XLA make a of that.
   n = whole.astype(jnp.float32)
   f = x - n * _LN2[0] - n * _LN2[1]

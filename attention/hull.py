@@ -8,8 +8,9 @@ whatever the keys, nothing is ever rebuilt, and no walk waits for another, so a 
 dependent steps. q_y < 0 asks a second tree of the keys turned around. A line that cannot be highest
 any more is dropped, as a hull would drop it: of n Gaussian keys some dozens stay.
 
-On a CPU the program is loops over single numbers, all trees in turn (`attention.native`): a walk
-down one is some 20 steps of a few nanoseconds. That is one core; `over_heads` uses all. On Hopper
+On a CPU the program is loops over single numbers, first all queries and then all keys, one after
+the other (`attention.native`): a walk is some 20 steps of a few nanoseconds. That is one core;
+`over_heads` uses all. On Hopper
 GPUs each tree is a program of its own (`pallas_kernels.hull_hopper`), on TPUs the scalar core walks
 all of them a level at a time (`pallas_kernels.hull_tpu`). Both pay where a scan of all keys
 (`attention.ops.hardmax.step`) has some 10^7 of them to read, heads together, by calculation.
