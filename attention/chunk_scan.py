@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attention import chunks
+from attention import chunks, products
 from attention.feature_maps import FeatureMap
 
 GROUP = 8
@@ -116,7 +116,7 @@ def _states(rule: Rule, state: State, x: _Terms) -> tuple[State, State]:
   B = state.kv.shape[0]
   in_order = lambda x: x.reshape(-1, B, *x.shape[1:])
   k = x.k * x.write
-  kv = jnp.einsum("bncm,bnch->bnmh", k, x.v, precision=rule.precision)
+  kv = products.transposed_times(k, x.v, rule.precision)
   new = in_order(kv), in_order(jnp.sum(k, axis=2)) if rule.normalize else None
   carry = None if isinstance(x.carry, float) else in_order(x.carry)
 
@@ -137,7 +137,7 @@ def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
   allowed = causal if x.masks is None else causal & x.masks.same
   if x.g is not None and x.g.shape[-1] > 1:
     return jnp.where(allowed, chunks.decayed_scores(q, x.k, x.g, rule.precision), 0)
-  scores = jnp.einsum("bncm,bnsm->bncs", q, x.k, precision=rule.precision)
+  scores = products.times_transposed(q, x.k, rule.precision)
   if x.g is None:
     return jnp.where(allowed, scores, 0)
   # The exponent is masked, not the product: exp(-inf) is 0 with a gradient of 0.
@@ -147,8 +147,8 @@ def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
 def _read(rule: Rule, state: State, q: jax.Array, x: _Terms) -> jax.Array:
   """The outputs of a group, from the states that enter its chunks: [GB N C h]."""
   scores, q = _scores(rule, q, x), q * x.read
-  out = jnp.einsum("bncs,bnsh->bnch", scores, x.v, precision=rule.precision)
-  out = out + jnp.einsum("bncm,bnmh->bnch", q, state.kv, precision=rule.precision)
+  out = products.times(scores, x.v, rule.precision)
+  out = out + products.times(q, state.kv, rule.precision)
   if not rule.normalize:
     return out * rule.scale
   weight = jnp.sum(scores, axis=-1) + jnp.einsum(

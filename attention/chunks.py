@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from attention import products
+
 # Below this many tokens a half is too small for a matrix unit: multiply and add instead.
 _SMALLEST_MATMUL = 8
 
@@ -105,7 +107,7 @@ def decayed_scores(
     if n < _SMALLEST_MATMUL:
       cross = jnp.sum(reads[..., :, None, :] * writes[..., None, :, :], axis=-1)
     else:
-      cross = jnp.einsum("...im,...jm->...ij", reads, writes, precision=precision)
+      cross = products.times_transposed(reads, writes, precision)
     scores = _lower_triangle(scores, cross, 0.0)
     sums = _merge(sums)
     q, k = (x.reshape(*x.shape[:-3], -1, 2 * n, x.shape[-1]) for x in (q, k))
