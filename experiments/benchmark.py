@@ -143,7 +143,7 @@ def _time_length(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> li
         contender = contenders.make(name)
         extra = contenders.inputs(contender, suite, T)
         function = jax.jit(contenders.program(contender, kind))
-        timers[name] = timing.timer(function, [*arguments, extra])
+        timers[name] = timing.timer(function, [*contenders.place(name, arguments), extra])
     rounds = suite.few_rounds if suite.long <= T else suite.rounds
     settle = SETTLE if in_torch else 0.0
     measured = timing.interleave(timers, rounds, settle=settle)
@@ -302,6 +302,8 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
       jax.config.update("jax_num_cpu_devices", max(suite.devices))
     return path, hull.measure(options.suite, _environment({}), say)
   _use_cores(SUITES[options.suite].cores)
+  if jax.config.jax_num_cpu_devices < resident.cores():
+    jax.config.update("jax_num_cpu_devices", resident.cores())
   return path, measure(options.suite, options.torch_python)
 
 

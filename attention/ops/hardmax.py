@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from attention import (
   direction_grid,
+  explicit,
   fenwick,
   hardmax_bulk,
   hardmax_levels,
@@ -112,6 +113,7 @@ def hardmax_attention(
 ) -> tuple[Output, Winners]: ...
 
 
+@explicit.op("B T N", "B T N", asked_by="return_residual")
 def hardmax_attention(
   query: Query,
   key: Key,
@@ -167,6 +169,7 @@ def hardmax_attention(
   return (out, winners) if return_residual else out
 
 
+@explicit.op("B T N", "B T N")
 def top_k_attention(
   query: Query,
   key: Key,
@@ -211,6 +214,7 @@ def top_k_attention(
   return (out[0], mass[0]) if query.ndim == 3 else (out, mass)
 
 
+@explicit.op("B T N", "B T N")
 def fenwick_attention(
   query: Query, key: Key, value: Value, *, recent: int = 32, scale: float | None = None
 ) -> tuple[Output, Int[Array, "*B T N C"]]:
@@ -246,6 +250,7 @@ def fenwick_attention(
   return (out[0], index[0]) if query.ndim == 3 else (out, index)
 
 
+@explicit.op("B T N")
 def softmax_mass(
   query: Query, key: Key, index: Int[Array, "*B T N C"], *, scale: float | None = None
 ) -> Float[Array, "*B T N"]:
@@ -259,6 +264,7 @@ def softmax_mass(
   return mass[0] if query.ndim == 3 else mass
 
 
+@explicit.op("B T N", "B T N")
 def direction_grid_attention(
   query: Query, key: Key, value: Value, *, cells: int = 16
 ) -> tuple[Output, Int[Array, "*B T N"]]:

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import context_parallel, feature_maps, linear_kernels, loops
+from attention import context_parallel, explicit, feature_maps, linear_kernels, loops
 from attention.chunk_scan import (
   Rule,
   State,
@@ -65,6 +65,7 @@ from attention.linear_kernels import Token
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
 
+@explicit.op("B T N", "B N", asked_by="return_state")
 def linear_attention(
   q: Query,
   k: Key,

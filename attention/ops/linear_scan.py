@@ -32,7 +32,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from attention import chunk_scan, kernels, loops
+from attention import chunk_scan, explicit, kernels, loops
 from attention.dispatch import Implementation, choose
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
@@ -50,6 +50,7 @@ class Call(NamedTuple):
   reverse: bool
 
 
+@explicit.op("B T D", "B D", of="B T D", asked_by="return_state")
 def linear_scan(
   b: Float[Array, "B T D"],
   log_a: Float[Array, "B T D"],

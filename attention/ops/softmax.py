@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention import cudnn, flash, masks, scores, shapes, tiled
+from attention import cudnn, explicit, flash, masks, scores, shapes, tiled
 from attention.dispatch import Implementation, choose
 from attention.dropout import Dropout, kept_array
 from attention.masks import Mask
@@ -92,6 +92,7 @@ def dot_product_attention(
 ) -> tuple[Output, LogSumExp]: ...
 
 
+@explicit.op("B T N", "B T N", asked_by="return_residual")
 def dot_product_attention(
   query: Query,
   key: Key,

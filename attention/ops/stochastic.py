@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention import masks, shapes
+from attention import explicit, masks, shapes
 from attention.dispatch import Implementation, choose
 from attention.gumbel import gumbel
 from attention.kv_cache import Cache as State
@@ -97,6 +97,7 @@ def stochastic_attention(
 ) -> tuple[Float[Array, "B T N h"], Draws]: ...
 
 
+@explicit.op("B T N", "B T N", asked_by="return_draws")
 def stochastic_attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from attention.variants import VARIANTS, Layer, parse
@@ -32,6 +32,8 @@ OURS: Final[Mapping[str, str]] = {
   "linear, elu+1": "linear:feature_map=elu_plus_one:normalize=true:implementation=chunked",
   "recurrence": "linear:feature_map=identity:normalize=false:implementation=reference",
 }
+PER_CORE: Final = ", a device per core"
+"""The end of a name of ours whose heads are cut over devices, as many as there are cores."""
 IN_TORCH: Final[Mapping[str, tuple[str, str]]] = {
   "torch": ("", "softmax"),
   "fla": ("fla", "linear"),
@@ -82,7 +84,7 @@ def make(name: str) -> Contender:
       q, k, v, is_causal=True, implementation="xla_chunked"
     )
     return Contender(name, chunked, softmax)
-  spec = name.removeprefix(VARIANT) if name.startswith(VARIANT) else OURS[name]
+  spec = name.removeprefix(VARIANT) if name.startswith(VARIANT) else OURS[_whole(name)]
   (layer,) = parse(spec)
   reference = lambda *qkv, **inputs: layer.variant.reference(*qkv, **inputs, **layer.options)
   return Contender(name, layer.attend, reference, layer)
@@ -92,6 +94,19 @@ def arguments(suite: Suite, T: int, seed: int = 0) -> list[jax.Array]:
   """q, k, v and the output's cotangent, standard normal, float32 [1 T N H]."""
   shape = (1, T, suite.heads, suite.head_dim)
   return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(seed), 4)]
+
+
+def _whole(name: str) -> str:
+  return name.removesuffix(PER_CORE)
+
+
+def place(name: str, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+  """Arrays [1 T N H] as a contender takes them: on one device, or their heads cut over all."""
+  if not name.endswith(PER_CORE):
+    return list(arrays)
+  devices = jax.devices()
+  mesh = jax.make_mesh((math.gcd(len(devices), arrays[0].shape[2]),), ("heads",))
+  return jax.device_put(list(arrays), jax.NamedSharding(mesh, jax.P(None, None, "heads")))
 
 
 def inputs(contender: Contender, suite: Suite, T: int) -> dict[str, jax.Array]:
@@ -119,13 +134,13 @@ def program(contender: Contender, kind: str) -> Callable[..., Any]:
 
 def error(contender: Contender, suite: Suite, T: int) -> float:
   """The largest difference from the truth, as a share of the largest true value."""
-  q, k, v, _ = arguments(suite, T)
+  qkv = arguments(suite, T)[:3]
   extra = inputs(contender, suite, T)
   got, want = (
-    jax.jit(contender.attend)(q, k, v, **extra),
-    jax.jit(contender.truth)(q, k, v, **extra),
+    np.asarray(jax.jit(contender.attend)(*place(contender.name, qkv), **extra)),
+    np.asarray(jax.jit(contender.truth)(*qkv, **extra)),
   )
-  return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+  return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
 class Torch:

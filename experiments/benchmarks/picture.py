@@ -18,8 +18,10 @@ STYLES: Final[Mapping[str, dict[str, Any]]] = {
   "fla": {"color": "#9b8ca8", "linestyle": "--", "marker": "v"},
   "recurrence": {"color": "#b9bfc9", "linestyle": ":", "marker": "o"},
   "tiled": {"color": "#1f5fb4", "marker": "o"},
+  "tiled, a device per core": {"color": "#1f5fb4", "linestyle": ":", "marker": "x"},
   "tiled, window 256": {"color": "#6a9fd8", "marker": "o"},
   "linear": {"color": "#20803f", "marker": "o"},
+  "linear, a device per core": {"color": "#20803f", "linestyle": ":", "marker": "x"},
   "linear, elu+1": {"color": "#7cb342", "marker": "o"},
 }
 PANELS: Final = (
