@@ -45,3 +45,9 @@ def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Arra
   if len(axes) != 4 or any(size not in (1, full) for size, full in zip(axes, shape, strict=True)):
     raise ValueError(f"{name} must broadcast to [B, N, T, S] = {list(shape)}, not {list(x.shape)}")
   return x.reshape(axes)
+
+
+def check_positive(name: str, value: float) -> None:
+  """Raises ValueError unless the value is above 0."""
+  if not value > 0:
+    raise ValueError(f"{name} must be greater than 0, not {value}")

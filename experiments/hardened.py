@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from attention import hull
+from attention import annealing, hull
 from attention.modules.decoder import Decoder
 from attention.ops import hardmax
 from attention.variants import Layer, make_layer
@@ -156,7 +156,7 @@ def hardness(step: jax.Array, options: Options) -> jax.Array:
   """The inverse temperature at a step: 1, then growing, then `--hardness`."""
   first, last = COOLING * options.steps, HARD * options.steps
   cooled = (step.astype(jnp.float32) - first) / (last - first)
-  return hardmax.harden(cooled, 1, end=options.hardness)
+  return annealing.harden(cooled, 1, end=options.hardness)
 
 
 def sharpened(params: Any, factor: jax.Array | float) -> Any:

@@ -23,7 +23,6 @@ its terms. Decoding keeps the keys and values.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -157,7 +156,7 @@ def hardmax_attention(
   # Winners whose scores are 0 and -0 tie: whose score it is must not show.
   winners = winners._replace(score=jnp.where(winners.score == 0, 0.0, winners.score))
   if straight_through is not None:
-    _positive("straight_through", straight_through)
+    shapes.check_positive("straight_through", straight_through)
     soft, _ = retrieved.attend(
       call.query, call.key, jax.lax.stop_gradient(call.value), call.mask,
       top_k=candidates, scale=1 / straight_through,
@@ -319,33 +318,6 @@ def lift(
   square = -(key * key).sum(-1, keepdims=True)
   one = jnp.ones((*query.shape[:-1], 1), query.dtype)
   return jnp.concatenate([query, one], -1), jnp.concatenate([2 * key, square], -1)
-
-
-def harden(step: int | Array, steps: int, *, start: float = 1.0, end: float) -> Array:
-  """The inverse temperature at a step of annealed training: geometric from `start` to `end`.
-
-  Scores times this, through a softmax, are hard-max attention at the end if `end` is at least
-  `sharpness(S, margin, error)`.
-  """
-  done = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
-  return start * (end / start) ** done
-
-
-def sharpness(num_keys: int, margin: float, error: float) -> float:
-  """The inverse temperature at which softmax gives all but `error` to the best key.
-
-      1 - p_best <= (S - 1) e^(-beta margin) <= error    for    beta = ln((S - 1) / error) / margin
-
-  where every other score is at least `margin` below the best.
-  """
-  for name, value in (("num_keys", num_keys), ("margin", margin), ("error", error)):
-    _positive(name, value)
-  return math.log(max(num_keys - 1, 1) / error) / margin
-
-
-def _positive(name: str, value: float) -> None:
-  if not value > 0:
-    raise ValueError(f"{name} must be greater than 0, not {value}")
 
 
 def _widened(call: Call) -> tuple[Array, Array, Array]:

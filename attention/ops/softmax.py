@@ -290,8 +290,8 @@ def describe(
   """
   query, key, value = shapes.batched(query, key, value)
   (B, T, N, H), S = query.shape, key.shape[1]
-  if logit_cap is not None and not logit_cap > 0:
-    raise ValueError(f"logit_cap must be greater than 0, not {logit_cap}")
+  if logit_cap is not None:
+    shapes.check_positive("logit_cap", logit_cap)
   for name, x, shape in (
     ("query_seq_lengths", query_seq_lengths, (B,)),
     ("key_value_seq_lengths", key_value_seq_lengths, (B,)),

@@ -280,8 +280,8 @@ def describe(
   shapes.agree(query, key, value)
   if noise is not None and noise.shape != query.shape[:3]:
     raise ValueError(f"noise must be [B, T, N] = {list(query.shape[:3])}, not {list(noise.shape)}")
-  if temperature is not None and not temperature > 0:
-    raise ValueError(f"temperature must be greater than 0, not {temperature}")
+  if temperature is not None:
+    shapes.check_positive("temperature", temperature)
   mask = masks.everything() if mask is None else mask
   if positions is None:
     positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None]

@@ -125,20 +125,6 @@ def test_straight_through_is_hard_forward_and_soft_backward():
   kit.assert_close("dk", dk_soft, expected[1])
 
 
-def test_annealing_ends_where_the_margin_says():
-  """At `sharpness` the softmax misses hard-max by less than the error, and not by far less."""
-  margin, S = 0.5, 200
-  beta = hardmax.sharpness(S, margin, 1e-3)
-  scores = np.full(S, -margin)
-  scores[7] = 0.0  # the worst case: all others at the margin
-  tail = 1 - 1 / np.exp(beta * scores).sum()
-  assert 0.99e-3 < tail <= 1e-3
-  betas = [float(hardmax.harden(i, 10, start=1.0, end=beta)) for i in (0, 5, 10, 20)]
-  np.testing.assert_allclose(betas, [1.0, beta**0.5, beta, beta], rtol=1e-6)
-  with pytest.raises(ValueError, match="margin must be greater than 0, not 0"):
-    hardmax.sharpness(S, 0, 1e-3)
-
-
 def test_the_mass_that_the_best_keys_hold():
   """Sharp scores are held by few keys, blunt ones are not: what the second result is for."""
   q, k, v = kit.Case(B=1, T=100, S=100, N=1, K=1, H=2, h=2).inputs()
