@@ -393,6 +393,7 @@ class DecodeState(NamedTuple):
   """Tokens seen, for feature maps that ask."""
 
 
+@explicit.op("B T N")
 def attend(
   q: Query,
   k: Key,

@@ -299,6 +299,7 @@ def _read(q: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
   return (chunk_scan.spread(q.astype(x.dtype), x.shape[-2], q.ndim - 2) * x).astype(dtype)
 
 
+@explicit.op("B T N")
 def attend(
   q: Query,
   k: Key,

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import attention
 import kit
+from attention.variants import VARIANTS, make_layer
 
 B, T, N, H = 2, 40, 4, 2
 CAUSAL = attention.causal()
@@ -111,6 +112,18 @@ def test_tokens_may_not_be_cut():
   k = place(k, P(None, "x"))
   with pytest.raises(NotImplementedError, match=r"'x' cuts those of key \[2, 40, 4, 2\]"):
     jax.jit(attention.dot_product_attention)(q, k, v)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_mechanism_runs(name):
+  """By its Variant, with what else it reads cut or whole."""
+  layer, (q, k, v) = make_layer(name), inputs()
+  extra = layer.variant.example_inputs(jax.random.key(1), B, T, N, N, H, H)
+  attend = jax.jit(lambda q, k, v, extra: layer.attend(q, k, v, **extra))
+  want = attend(q, k, v, extra)
+  got = attend(*place([q, k, v], CUTS["heads"]), place(extra, P()))
+  kit.assert_close(name, jax.device_get(got), want)
+  assert jax.typeof(got).sharding.spec[2] == "x"
 
 
 def test_the_softmax_mass_of_an_index():
