@@ -3,7 +3,7 @@
 There an array's type says which axes of the mesh cut it, and every reshape and every loop must
 agree with that. What lies where inside of an op is XLA's to decide: the op runs with these axes
 automatic, and what it returns is cut as its first argument is. Batch and heads may be cut; tokens
-may not, for in an op they meet.
+may not, for in an op they meet. XLA does not cut a chip's kernel: that wants `jax.shard_map`.
 """
 
 import functools

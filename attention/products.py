@@ -2,9 +2,10 @@
 
     x y        x y^T        x^T y
 
-Each one's gradients are products of the three again. XLA's CPU compiler multiplies x^T y, which
-sums over the rows of both, at half the speed of the others, whatever is written: it moves a
-transpose into the product. A barrier keeps it out, and the copy costs a tenth of what it saves.
+Each one's gradients are products of the three again. Of x^T y, which sums over the rows of both,
+XLA's CPU compiler makes a product for one core, whatever is written: it moves every transpose into
+the product. A barrier keeps it out, and the copy costs less than the other cores give
+(BUILD_NOTES.md).
 """
 
 import functools
