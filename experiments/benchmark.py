@@ -243,6 +243,12 @@ def _use_cores(count: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
+def _use_devices(count: int) -> None:
+  """At least so many devices on this CPU; call it before jax makes them."""
+  if jax.config.jax_num_cpu_devices < count:
+    jax.config.update("jax_num_cpu_devices", count)
+
+
 def times_table(results: Mapping[str, Any]) -> str:
   """Median milliseconds, a line per contender and kind, a column per length."""
   rows = {(r["contender"], r["kind"], r["T"]): r["median"] for r in results["times"]}
@@ -298,12 +304,10 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   if options.suite in HULL_SUITES:
     suite = HULL_SUITES[options.suite]
     _use_cores(suite.cores)
-    if jax.config.jax_num_cpu_devices < max(suite.devices):
-      jax.config.update("jax_num_cpu_devices", max(suite.devices))
+    _use_devices(max(suite.devices))
     return path, hull.measure(options.suite, _environment({}), say)
   _use_cores(SUITES[options.suite].cores)
-  if jax.config.jax_num_cpu_devices < resident.cores():
-    jax.config.update("jax_num_cpu_devices", resident.cores())
+  _use_devices(resident.cores())
   return path, measure(options.suite, options.torch_python)
 
 

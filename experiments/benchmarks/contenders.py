@@ -84,7 +84,9 @@ def make(name: str) -> Contender:
       q, k, v, is_causal=True, implementation="xla_chunked"
     )
     return Contender(name, chunked, softmax)
-  spec = name.removeprefix(VARIANT) if name.startswith(VARIANT) else OURS[_whole(name)]
+  spec = (
+    name.removeprefix(VARIANT) if name.startswith(VARIANT) else OURS[name.removesuffix(PER_CORE)]
+  )
   (layer,) = parse(spec)
   reference = lambda *qkv, **inputs: layer.variant.reference(*qkv, **inputs, **layer.options)
   return Contender(name, layer.attend, reference, layer)
@@ -94,10 +96,6 @@ def arguments(suite: Suite, T: int, seed: int = 0) -> list[jax.Array]:
   """q, k, v and the output's cotangent, standard normal, float32 [1 T N H]."""
   shape = (1, T, suite.heads, suite.head_dim)
   return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(seed), 4)]
-
-
-def _whole(name: str) -> str:
-  return name.removesuffix(PER_CORE)
 
 
 def place(name: str, arrays: Sequence[jax.Array]) -> list[jax.Array]:

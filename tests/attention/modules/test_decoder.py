@@ -154,7 +154,7 @@ def assert_same_on_mesh(config, axes):
   assert same_graphdef == graphdef
   jax.tree.map(np.testing.assert_array_equal, sharded, params)
   np.testing.assert_allclose(got, logits, atol=2e-5)
-  # A product that is cut sums in another order: 6e-5 of a gradient on processors with AVX2 alone.
+  # A product that is cut sums in another order: on an AVX2 processor 6e-5 of a gradient.
   worst = {k: v for k, v in differences(got_gradients, gradients).items() if v > 1e-4}
   assert not worst
   where = lambda tree: [jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree)]
