@@ -1,5 +1,6 @@
 """Which chip a program is being made for."""
 
+import os
 import re
 from typing import NamedTuple
 
@@ -49,3 +50,13 @@ def not_nvidia() -> str | None:
   if chip.platform == "gpu" and "NVIDIA" in chip.kind:
     return None
   return f"it needs an NVIDIA GPU and this is {chip.kind}"
+
+
+def has_one_core() -> bool:
+  """Whether the mesh in context has, of this machine's CPU, as many devices as there are cores."""
+  if current().platform != "cpu":
+    return False
+  affinity = getattr(os, "sched_getaffinity", None)  # Not on every system.
+  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+  mesh = jax.sharding.get_abstract_mesh()
+  return cores <= (1 if mesh.empty else mesh.size // jax.process_count())

@@ -67,8 +67,7 @@ def _tiles(q: Array, k: Array, mask: Mask) -> _Tiles:
   block_q, block_k = (min(block, -(-length // 8) * 8) for length in (T, S))
   if S % block_k:
     mask = mask & masks.prefix(S)
-  settings = tiled.Settings(1.0, None, block_q, block_k)
-  by_query, by_key = tiled.schedule(mask, T, S, settings)
+  by_query, by_key = tiled.schedule(mask, T, S, tiled.Tiling(block_q, block_k))
   by_query, by_key = jax.tree.map(jnp.asarray, (by_query, by_key))
   return _Tiles(
     _padded(q, 3, block_q), _padded(k, 2, block_k), mask, by_query, by_key, block_q, block_k

@@ -36,6 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention import parts
+from attention.parts import Part
+
 # A number a maker was given, or something computed from one: NumPy when it is static, JAX when it
 # is traced.
 Array = np.ndarray | jax.Array
@@ -100,10 +103,10 @@ class Mask:
     """True where every answer is known before anything runs: no part of the mask is an array."""
     return not jax.tree.leaves(self)
 
-  def row(self, b: jax.Array) -> "Mask":
-    """The mask of batch row `b` alone."""
+  def part(self, rows: Part, heads: Part) -> "Mask":
+    """The mask of these rows of the batch and these heads."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    return type(self)(**{name: _row_of(value, b) for name, value in fields.items()})
+    return type(self)(**{name: _part_of(value, rows, heads) for name, value in fields.items()})
 
   def shift(self, query: int | jax.Array) -> "Mask":
     """The same mask as a shard sees it whose query 0 is the query at position `query` of the
@@ -222,11 +225,13 @@ def positions(query: jax.Array, key: jax.Array, window: int | None = None) -> Ma
   return Positions(query, key, None if window is None else _positive("window", window))
 
 
-def _row_of(value: object, b: jax.Array) -> object:
+def _part_of(value: object, rows: Part, heads: Part) -> object:
+  """Of an array `B ...`, or `B N T S`; of a mask its part."""
   if isinstance(value, Mask):
-    return value.row(b)
-  if isinstance(value, jax.Array) and value.ndim and value.shape[0] > 1:
-    return jax.lax.dynamic_slice_in_dim(value, b, 1)
+    return value.part(rows, heads)
+  if isinstance(value, jax.Array) and value.ndim:
+    layout = "B K" if value.ndim == 4 else "B"
+    return parts.take(value, layout, {"B": rows, "K": heads})
   return value
 
 

@@ -10,7 +10,6 @@ meaning, in this order, and gradients reach the bias and the slopes.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -64,13 +63,3 @@ def modify(
     slopes = modifiers.alibi_slopes.astype(jnp.float32)[None, :, None, None]
     scores = scores - grouped(slopes * distance, K)
   return scores
-
-
-def tile_of(x: Array, q: tuple[Array, int], k: tuple[Array, int]) -> Array:
-  """The part of `#B #N #T #S` in a tile, given (first, size) of its queries and keys; an axis of 1
-  stays 1.
-  """
-  for axis, (first, size) in ((2, q), (3, k)):
-    if x.shape[axis] > 1:
-      x = jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-  return x

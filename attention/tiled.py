@@ -2,10 +2,11 @@
 anything.
 
 The forward pass walks the queries block by block; for each it visits the key blocks that the mask
-leaves, those that are full without a mask and then those that are mixed, and keeps a running
-softmax. Of the T x S scores only one tile exists at a time. Nothing is saved for the backward pass
-but the inputs, the output and the log-sum-exp: it walks the key blocks, recomputes each tile's
-probabilities p = e^(score - lse), and adds up
+leaves, those that are full without a mask and then what is not empty of those that are mixed, and
+keeps a running softmax. Of the T x S scores only one tile exists at a time, of all heads where the
+cores of a CPU share it, of one head where each has a device of its own. Nothing is saved for the
+backward pass but the inputs, the output and the log-sum-exp: it walks the key blocks, recomputes
+each tile's probabilities p = e^(score - lse), and adds up
 
     dV += p^T dO     dS = p (dO V^T - delta)     dQ += dS K     dK += dS^T Q     delta = rowsum(dO
     O) - dlse
@@ -17,6 +18,7 @@ window, forward and backward. The order of the sums is fixed: two runs give the 
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -24,22 +26,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention import dropout, loops, masks, online_softmax, scores
+from attention import chips, dropout, loops, masks, online_softmax, parts, scores
 from attention.exponential import exp
 from attention.masks import Mask, Span
+from attention.parts import Part
 from attention.scores import Modifiers
 from attention.types import Array
 
 MAX_BLOCK = 512
 """The longest side of a tile."""
 
-PAIR = 2
-"""How many full blocks the forward pass visits at once: fewer, wider products, and no pair that a
-mask forbids comes with them.
+SHARED = 2**20
+"""The scores of a visit, all rows and heads together: 4 MiB, what the caches of several cores hold;
+each core takes a part of every product.
 """
+OF_A_CORE = 2**16
+"""256 KiB, what a core's own cache holds."""
 
-_TILE_ELEMENTS = 2**21
-"""The scores of a pair of blocks, all heads together: 8 MiB, what caches hold."""
+_QUARTERED = 256
+"""The shortest side of a block that is visited in quarters."""
+
+
+class Tiling(NamedTuple):
+  """How the work is cut up."""
+
+  block_q: int
+  block_k: int
+  quarters: bool = False
+  """Whether the forward pass visits a mixed block in quarters, and only those that are not empty:
+  less work in more products.
+  """
+  rows: int = 1
+  """Rows of the batch that go side by side."""
+  heads: int = 1
+  """Key heads that do, each with the queries of its group."""
 
 
 class Settings(NamedTuple):
@@ -47,11 +67,15 @@ class Settings(NamedTuple):
 
   scale: float
   logit_cap: float | None
-  block_q: int
-  block_k: int
+  tiling: Tiling
   dropout_rate: float = 0.0
   q_scale: float = 1.0
   """What queries are multiplied by, instead of the scores, where that is exact."""
+
+  def halved(self) -> "Settings":
+    """The same with a quarter of the tile."""
+    sides = {"block_q": self.tiling.block_q // 2, "block_k": self.tiling.block_k // 2}
+    return self._replace(tiling=self.tiling._replace(**sides))
 
 
 class Schedule(NamedTuple):
@@ -64,35 +88,58 @@ class Schedule(NamedTuple):
   active: np.ndarray | Array  # rows: full and mixed
 
 
-def schedule(mask: Mask, T: int, S: int, settings: Settings) -> tuple[Schedule, Schedule]:
+def schedule(mask: Mask, T: int, S: int, tiling: Tiling) -> tuple[Schedule, Schedule]:
   """The visits of each query block and of each key block. O(blocks) time and memory."""
-  some, every = mask.block(Span.blocks(T, settings.block_q), Span.blocks(S, settings.block_k))
-  some, every = some.any((0, 1)), every.all((0, 1))
-
-  def visits(some, every):
-    xp = np if isinstance(some, np.ndarray) else jnp
-    state = xp.where(every, 0, xp.where(some, 1, 2))
-    order = xp.argsort(state, axis=1, stable=True).astype(np.int32)
-    return Schedule(order, (state == 0).sum(1, dtype=np.int32), (state < 2).sum(1, dtype=np.int32))
-
-  return visits(some, every), visits(some.T, every.T)
+  some, every = _blocks(mask, T, S, tiling)
+  return _visits(some, every), _visits(some.T, every.T)
 
 
-def block_size(mask: Mask, heads: int, T: int, S: int) -> int:
-  """The side of a block: as large as the cache allows two of them, smaller where that lets a static
-  mask skip more.
+def quarters(mask: Mask, T: int, S: int, tiling: Tiling) -> Schedule:
+  """The visits of each query block to quarters of its mixed blocks, none of them full: half `a` of
+  the queries and half block `b` of the keys are number `a n + b`, n half blocks of keys.
   """
-  sizes = [b for b in (MAX_BLOCK, 256, 128) if heads * PAIR * b * b <= _TILE_ELEMENTS or b == 128]
+  half = tiling._replace(block_q=tiling.block_q // 2, block_k=tiling.block_k // 2)
+  every = _blocks(mask, T, S, tiling)[1]
+  some = _blocks(mask, T, S, half)[0] & ~every.repeat(2, 0).repeat(2, 1)
+  some = some.reshape(every.shape[0], -1)
+  return _visits(some, some & ~some)
+
+
+def _blocks(mask: Mask, T: int, S: int, tiling: Tiling) -> tuple[masks.Array, masks.Array]:
+  """Whether some pair of a block is allowed, and whether every one is, for all rows and heads."""
+  some, every = mask.block(Span.blocks(T, tiling.block_q), Span.blocks(S, tiling.block_k))
+  return some.any((0, 1)), every.all((0, 1))
+
+
+def _visits(some: masks.Array, every: masks.Array) -> Schedule:
+  xp = np if isinstance(some, np.ndarray) else jnp
+  state = xp.where(every, 0, xp.where(some, 1, 2))
+  order = xp.argsort(state, axis=1, stable=True).astype(np.int32)
+  return Schedule(order, (state == 0).sum(1, dtype=np.int32), (state < 2).sum(1, dtype=np.int32))
+
+
+def tiling(mask: Mask, q: tuple[int, ...], k: tuple[int, ...], cache: int) -> Tiling:
+  """Of queries `B T N ...` and keys `B S K ...`: the largest block that the cache allows one head
+  or all, smaller where that lets a static mask skip more, and as many heads and rows as fit.
+  """
+  (B, T, N, *_), (_, S, K, *_) = q, k
+  group, least = N // K, 1 if cache == OF_A_CORE else K
+  sizes = [b for b in (MAX_BLOCK, 256, 128) if least * group * b * b <= cache or b == 128]
   longest = max(T, S)
-  if not mask.is_static or longest <= sizes[-1] or longest > 2**16:
-    return sizes[0]
 
-  def work(
-    b: int,
-  ) -> float:  # visited pairs, and what a visit costs besides: about that of 64 x 64 pairs
-    return float(mask.block(Span.blocks(T, b), Span.blocks(S, b)).any.sum()) * (b * b + 64 * 64)
+  def work(b: int) -> float:
+    """Visited pairs, and what a visit costs besides: about that of 64 x 64 pairs."""
+    some = mask.block(Span.blocks(T, b), Span.blocks(S, b)).any
+    return float(some.sum()) * (b * b + 64 * 64)
 
-  return min(sizes, key=work)
+  skips = mask.is_static and sizes[-1] < longest <= 2**16
+  block = min(sizes, key=work) if skips else sizes[0]
+  block_q, block_k = (min(block, -(-length // 8) * 8) for length in (T, S))
+  devices, known = parts.devices() or jax.device_count(), parts.devices() or 1
+  fit = known * cache // (group * block_q * block_k)
+  heads = parts.side(K, devices, max(fit // math.gcd(B, devices), least))
+  rows = parts.side(B, devices, fit // heads if heads == K else 1)
+  return Tiling(block_q, block_k, min(block_q, block_k) >= _QUARTERED, rows, heads)
 
 
 def attend(
@@ -107,15 +154,16 @@ def attend(
   logit_cap: float | None,
   dropout_rate: float = 0.0,
   dropout_seeds: Array | None = None,
-  block: int | None = None,
+  cut: Tiling | None = None,
 ) -> tuple[Array, Array]:
   """The output `B T N h` and the log-sum-exp `B N T`, float32, of q `B T N H`, k `B S K H`, v `B S
   K h`; the seeds of dropout are int32 `B N`.
   """
   B, T, N, _ = q.shape
   S, K, h = v.shape[1:]
-  block = block or block_size(mask, N, T, S)
-  block_q, block_k = (min(block, -(-length // 8) * 8) for length in (T, S))
+  if cut is None:
+    cut = tiling(mask, q.shape, k.shape, OF_A_CORE if chips.has_one_core() else SHARED)
+  block_q, block_k, *_ = cut
   if S % block_k:
     mask = mask & masks.prefix(S)
   q, k, v, modifiers, sinks = loops.together((q, k, v, modifiers, sinks))
@@ -128,8 +176,7 @@ def attend(
     modifiers = modifiers._replace(bias=bias)
   exact = _scales_exactly(q.dtype, scale)
   scales = {"scale": 1.0 if exact else scale, "q_scale": scale if exact else 1.0}
-  settings = Settings(logit_cap=logit_cap, block_q=block_q, block_k=block_k,
-                      dropout_rate=dropout_rate, **scales)  # fmt: skip
+  settings = Settings(logit_cap=logit_cap, tiling=cut, dropout_rate=dropout_rate, **scales)
   seeds = dropout_seeds if dropout_rate else None
   out, lse = _attend(settings, q, k, v, modifiers, sinks, mask, seeds)
   return out[:, :T].reshape(B, T, N, h).astype(v.dtype), lse[..., :T].reshape(B, N, T)
@@ -148,10 +195,7 @@ def _attend(settings, q, k, v, modifiers, sinks, mask, seeds):
 
 
 def _attend_forward(settings, q, k, v, modifiers, sinks, mask, seeds):
-  def rows(mask, modifiers, q, k, v, seeds):
-    return (), _forward(settings, q, k, v, modifiers, sinks, mask, seeds)
-
-  _, (out, lse) = _over_rows(settings, rows, mask, modifiers, (), (q, k, v, seeds))
+  out, lse = _forward(settings, q, k, v, modifiers, sinks, mask, seeds)
   return (out, lse), (q, k, v, modifiers, sinks, mask, seeds, out, lse)
 
 
@@ -166,14 +210,11 @@ def _attend_backward(settings, saved, gradients):
     d_sinks = -(share * delta).sum((0, 3)).reshape(sinks.shape).astype(sinks.dtype)
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
 
-  def rows(mask, modifiers, *operands):
-    dq, dk, dv, d_modifiers = _backward(settings, modifiers, mask, *operands)
-    return d_modifiers, (dq, dk, dv)
-
-  operands = (q, k, v, d_out.astype(v.dtype), lse, delta, seeds)
-  d_modifiers, d_operands = _over_rows(settings, rows, mask, modifiers, modifiers, operands)
-  d_modifiers, dq, dk, dv = jax.tree.map(
-    lambda gradient, x: gradient.astype(x.dtype), (d_modifiers, *d_operands), (modifiers, q, k, v)
+  gradients = _backward(
+    settings, q, k, v, d_out.astype(v.dtype), lse, delta, modifiers, mask, seeds
+  )
+  dq, dk, dv, d_modifiers = jax.tree.map(
+    lambda gradient, x: gradient.astype(x.dtype), gradients, (q, k, v, modifiers)
   )
   return dq, dk, dv, d_modifiers, d_sinks, None, None
 
@@ -189,36 +230,19 @@ def _no_second_derivative(settings, primals, tangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _over_rows(settings, run, mask, modifiers, shared, operands):
-  """`run` over the batch: all rows at once where their tiles fit the cache together, else one after
-  the other.
+def _in_parts[R](
+  tiling: Tiling, q: Array, run: Callable[[Mapping[str, Part], R], R], start: R
+) -> R:
+  """`run(cut, results)` for one part of the rows B and heads K of `q` after the other."""
+  B, _, K, *_ = q.shape
+  columns = K // tiling.heads
+  count = B // tiling.rows * columns
 
-  `run(mask, modifiers, *operands)` returns a sum over the rows, shaped like `shared`, and results
-  of each row.
-  """
-  B, _, K, G, _ = operands[0].shape
-  if B == 1 or B * K * G * PAIR * settings.block_q * settings.block_k <= _TILE_ELEMENTS:
-    return run(mask, modifiers, *operands)
+  def one(n, results):
+    rows, heads = Part(B, tiling.rows, n // columns), Part(K, tiling.heads, n % columns)
+    return run({"B": rows, "K": heads}, results)
 
-  def row(total, b):
-    one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, b, 1), operands)
-    bias = modifiers.bias
-    if bias is not None and bias.shape[0] > 1:
-      bias = lax.dynamic_slice_in_dim(bias, b, 1)
-    part, results = run(mask.row(b), modifiers._replace(bias=bias), *one)
-    total = jax.tree.map(functools.partial(_accumulate, b), total, part)
-    return total, jax.tree.map(lambda x: x[0], results)
-
-  zero = loops.zero((mask, modifiers, operands))
-  start = jax.tree.map(lambda x: _zeros(x) + zero, shared)
-  return lax.scan(row, start, jnp.arange(B, dtype=jnp.int32))
-
-
-def _accumulate(b: Array, total: Array, part: Array) -> Array:
-  """Adds a row's part to what all rows share, or puts it into the row's own place."""
-  if total.shape == part.shape:
-    return total + part
-  return lax.dynamic_update_slice_in_dim(total, part, b, 0)
+  return one(0, start) if count == 1 else lax.fori_loop(0, count, one, start)
 
 
 def _padded(x: Array, axis: int, block: int) -> Array:
@@ -228,68 +252,62 @@ def _padded(x: Array, axis: int, block: int) -> Array:
   return jnp.pad(x, widths) if missing else x
 
 
-def _heads_first(x: Array, axis: int, index: Array, block: int) -> Array:
-  """The block `r rows ...` of an array `B T K ...` (axis 1) or `B K G T` (axis 3): r = batch and
-  key head, rows = the queries of its group side by side, or the keys.
+def _tokens(x: Array, layout: str, cut: Mapping[str, Part]) -> Array:
+  """The block `B K tokens ...` of an array that lies as `layout` says; the queries of a group stand
+  side by side as tokens.
 
   Whole arrays are never turned: a block must be copied out of them anyway.
   """
-  x = lax.dynamic_slice_in_dim(x, index * block, block, axis)
-  if axis == 1:
-    x = x.transpose(0, 2, 3, 1, 4) if x.ndim == 5 else x.swapaxes(1, 2)
-  return x.reshape(x.shape[0] * x.shape[1], -1, *x.shape[4 if axis == 3 or x.ndim == 5 else 3 :])
+  x = parts.take(x, layout, cut)
+  B, K, T, *rest = (layout.index(name) // 2 for name in "BKTG" if name in layout)
+  x = x.transpose(B, K, *rest, T, *range(len(layout.split()), x.ndim))
+  return x.reshape(*x.shape[:2], -1, *x.shape[len(layout.split()) :])
 
 
 class _Tile:
-  """One tile of one call: a block of queries and one or more blocks of keys; its scores and mask.
+  """One tile of one call: a block of queries and a block of keys; its scores and mask.
 
-  Matrix products see `r gq k`: r = batch and key head, gq = the queries of the group side by side.
-  So written, each is one batched product whose operands and result lie as XLA wants them; with five
-  axes it turned a whole tile between a product and a sum. Masks and modifiers see `B K G q k`, the
-  same numbers under another name.
+  Matrix products see `B K gq k`, gq = the queries of the group side by side. So written, each is
+  one batched product whose operands and result lie as XLA wants them; with five axes it turned a
+  whole tile between a product and a sum. Masks and modifiers see `B K G q k`, the same numbers
+  under another name. B and K stay apart: joined, no mesh could cut the second.
   """
 
-  def __init__(self, settings: Settings, heads: tuple[int, int, int], i: Array, js: list[Array]):
-    self.settings, self.heads, self.q_block, self.k_blocks = settings, heads, i, js
-    self.q_idx = _positions(i, settings.block_q)
-    self.k_idx = jnp.concatenate([_positions(j, settings.block_k) for j in js])
+  def __init__(self, settings: Settings, group: int, cut: Mapping[str, Part]):
+    cuts = settings.tiling
+    self.settings, self.heads, self.cut = settings, (cuts.rows, cuts.heads, group), cut
+    self.q_idx = _positions(cut["T"], cuts.block_q)
+    self.k_idx = _positions(cut["S"], cuts.block_k)
 
   def keys(self, x: Array) -> Array:
-    """The keys or values of the tile, `r k H`, of an array `B S K H`."""
-    blocks = [_heads_first(x, 1, j, self.settings.block_k) for j in self.k_blocks]
-    return jnp.concatenate(blocks, 1) if len(blocks) > 1 else blocks[0]
+    """The keys or values of the tile, `B K k H`, of a part's `B S K H`."""
+    return _tokens(x, "B T K", {"T": self.cut["S"]})
 
   def part(self, modifiers: Modifiers) -> Modifiers:
-    """The modifiers with the bias of this tile alone."""
-    if modifiers.bias is None:
-      return modifiers
-    parts = [self._of(modifiers.bias, j) for j in self.k_blocks]
-    whole = jnp.concatenate(parts, 3) if modifiers.bias.shape[3] > 1 else parts[0]
-    return modifiers._replace(bias=whole)
-
-  def _of(self, x: Array, j: Array) -> Array:
-    block_q, block_k = self.settings.block_q, self.settings.block_k
-    return scores.tile_of(x, (self.q_block * block_q, block_q), (j * block_k, block_k))
+    """The modifiers of this tile alone."""
+    bias, slopes = modifiers
+    bias = None if bias is None else parts.take(bias, "B K T S", self.cut)
+    return Modifiers(bias, None if slopes is None else parts.take(slopes, "K", self.cut))
 
   def modify(self, product: Array, modifiers: Modifiers) -> Array:
-    """The scores `r gq k`, unmasked, float32, of their products; the modifiers are those of
+    """The scores `B K gq k`, unmasked, float32, of their products; the modifiers are those of
     `part`.
     """
     scale, cap = self.settings.scale, self.settings.logit_cap
     if scale == 1.0 and cap is None and not jax.tree.leaves(modifiers):
       return product
-    product = product.reshape(*self.heads, self.settings.block_q, -1)
+    product = product.reshape(*self.heads, self.q_idx.shape[0], -1)
     score = scores.modify(product, modifiers, self.q_idx, self.k_idx, scale=scale, logit_cap=cap)
     return self._flat(score)
 
   def allowed(self, mask: Mask) -> Array:
-    """Who may attend in this tile: bool, `r gq k`, or with 1 for r where all rows are alike."""
+    """Who may attend in this tile: bool, `B K gq k`, or with 1 for what is alike."""
     allowed = scores.grouped(jnp.asarray(mask(self.q_idx, self.k_idx)), self.heads[1])
     rows = self.heads if allowed.shape[:3] != (1, 1, 1) else (1, 1, self.heads[2])
     return self._flat(jnp.broadcast_to(allowed, (*rows, *allowed.shape[3:])))
 
   def keep(self, seeds: Array) -> Array:
-    """What dropout keeps: bool, `r gq k`."""
+    """What dropout keeps: bool, `B K gq k`."""
     rate = self.settings.dropout_rate
     seeds = seeds.reshape(*self.heads, 1, 1)
     idx = (
@@ -298,124 +316,161 @@ class _Tile:
     return self._flat(dropout.keep(seeds, *idx, rate=rate))
 
   def add(self, total: Modifiers, part: Modifiers) -> Modifiers:
-    """The gradient of the modifiers with that of this tile, of one block of keys, added where it
-    belongs.
-    """
+    """The gradient of the modifiers with that of this tile added where it belongs."""
+
     bias, slopes = total
     if bias is not None and part.bias is not None:
-      (j,) = self.k_blocks
-      starts = (self.q_block * self.settings.block_q, j * self.settings.block_k)
-      starts = tuple(x if size > 1 else 0 for x, size in zip(starts, bias.shape[2:], strict=True))
-      new = self._of(bias, j) + part.bias.astype(jnp.float32)
-      bias = lax.dynamic_update_slice(bias, new, (0, 0, *starts))
+      bias = parts.add(bias, "B K T S", self.cut, part.bias)
     if slopes is not None and part.alibi_slopes is not None:
-      slopes = slopes + part.alibi_slopes.astype(jnp.float32)
+      slopes = parts.add(slopes, "K", self.cut, part.alibi_slopes)
     return Modifiers(bias, slopes)
 
   def _flat(self, tile: Array) -> Array:
-    """`B K G q k` as `r gq k`."""
-    return tile.reshape(-1, tile.shape[2] * tile.shape[3], tile.shape[4])
+    """`B K G q k` as `B K gq k`."""
+    return tile.reshape(*tile.shape[:2], -1, tile.shape[4])
 
 
-def _positions(index: Array, block: int) -> Array:
-  return index * block + jnp.arange(block, dtype=jnp.int32)
+def _positions(block: Part, width: int) -> Array:
+  return block.index * width + jnp.arange(width, dtype=jnp.int32)
 
 
 def _forward(settings, q, k, v, modifiers, sinks, mask, seeds):
   """(out `B T K G h` float32, lse `B K G T`) of q `B T K G H`, k `B S K H`, v `B S K h`."""
   B, T, K, G, _ = q.shape
-  by_query, _ = schedule(mask, T, k.shape[1], settings)
-  order, full, active = map(jnp.asarray, by_query)
-  block_q = settings.block_q
+  S, h = k.shape[1], v.shape[-1]
+  block_q, block_k, in_quarters, rows, heads = settings.tiling
   zero = loops.zero((q, k, v, modifiers, sinks, mask, seeds))
 
-  def row(i):
-    q_tile = _heads_first(q, 1, i, block_q) * jnp.asarray(settings.q_scale, q.dtype)
+  def part(cut, results):
+    here = mask.part(cut["B"], cut["K"])
+    order, full, active = map(jnp.asarray, schedule(here, T, S, settings.tiling)[0])
+    k_part, v_part = (parts.take(x, "B S K", cut) for x in (k, v))
+    seed = None if seeds is None else parts.take(seeds, "B K", cut)
+    if in_quarters:
+      fine, _, count = map(jnp.asarray, quarters(here, T, S, settings.tiling))
 
-    def visit(n, state, mask, pair=1):
-      tile = _Tile(settings, (B, K, G), i, [order[i, n * pair + x] for x in range(pair)])
-      s = tile.modify(_sum("rqh,rsh->rqs", q_tile, tile.keys(k)), tile.part(modifiers))
+    def visit(settings, queries, q_tile, block, state, mask=None):
+      keys = Part(S // settings.tiling.block_k, 1, block)
+      tile = _Tile(settings, G, {**cut, "T": queries, "S": keys})
+      s = tile.modify(_sum("bkqh,bksh->bkqs", q_tile, tile.keys(k_part)), tile.part(modifiers))
       s = s if mask is None else jnp.where(tile.allowed(mask), s, -jnp.inf)
-      keep = None if seeds is None else tile.keep(seeds)
-      return online_softmax.update(state, s, tile.keys(v), "rqs,rsh->rqh", keep)
+      keep = None if seed is None else tile.keep(seed)
+      return online_softmax.update(state, s, tile.keys(v_part), "bkqs,bksh->bkqh", keep)
 
-    state = online_softmax.start((B * K, G * block_q), v.shape[-1])
-    state = jax.tree.map(lambda x: x + zero, state)
-    if sinks is not None:
-      sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, K, G, 1), (B, K, G, block_q))
-      state = state._replace(m=sink.reshape(state.m.shape) + zero, l=jnp.ones_like(state.l))
-    pairs = full[i] // PAIR
-    state = lax.fori_loop(0, pairs, functools.partial(visit, mask=None, pair=PAIR), state)
-    state = lax.fori_loop(pairs * PAIR, full[i], functools.partial(visit, mask=None), state)
-    state = lax.fori_loop(full[i], active[i], functools.partial(visit, mask=mask), state)
-    out, lse = online_softmax.finish(state)
-    out = out.reshape(B, K, G, block_q, -1) / (1.0 - settings.dropout_rate)
-    return out.transpose(0, 3, 1, 2, 4), lse.reshape(B, K, G, block_q)
+    def row(i, results):
+      queries = Part(T // block_q, 1, i)
+      at = {**cut, "T": queries}
+      q_tile = _tokens(q, "B T K G", at) * jnp.asarray(settings.q_scale, q.dtype)
 
-  out, lse = lax.map(row, jnp.arange(T // block_q, dtype=jnp.int32))
-  return _joined(out, 1), _joined(lse, 3)
+      def whole(n, state, mask=None):
+        return visit(settings, queries, q_tile, order[i, n], state, mask)
+
+      def quarter(n, state):
+        a, b = jnp.divmod(fine[i, n], 2 * S // block_k)
+        half = functools.partial(_half, a, G)
+        there = Part(2 * T // block_q, 1, 2 * i + a)
+        return half(state, visit(settings.halved(), there, half(q_tile), b, half(state), here))
+
+      state = online_softmax.start(q_tile.shape[:3], h)
+      state = jax.tree.map(lambda x: x + zero, state)
+      if sinks is not None:
+        sink = parts.take(sinks, "K", cut).astype(jnp.float32).reshape(1, heads, G, 1)
+        sink = jnp.broadcast_to(sink, (rows, heads, G, block_q)).reshape(state.m.shape)
+        state = state._replace(m=sink + zero, l=jnp.ones_like(state.l))
+      state = lax.fori_loop(0, full[i], whole, state)
+      if in_quarters:
+        state = lax.fori_loop(0, count[i], quarter, state)
+      else:
+        state = lax.fori_loop(full[i], active[i], functools.partial(whole, mask=here), state)
+      out, lse = online_softmax.finish(state)
+      out = out.reshape(rows, heads, G, -1, h).transpose(0, 3, 1, 2, 4)
+      out = parts.put(results[0], "B T K", at, out / (1.0 - settings.dropout_rate))
+      return out, parts.put(results[1], "B K G T", at, lse)
+
+    return lax.fori_loop(0, T // block_q, row, results)
+
+  start = jnp.zeros((B, T, K, G, h), jnp.float32), jnp.zeros((B, K, G, T), jnp.float32)
+  return _in_parts(settings.tiling, q, part, jax.tree.map(lambda x: x + zero, start))
 
 
-def _joined(blocks: Array, axis: int) -> Array:
-  """The blocks, stacked along the first axis, as parts of `axis`."""
-  blocks = jnp.moveaxis(blocks, 0, axis)
-  return blocks.reshape(*blocks.shape[:axis], -1, *blocks.shape[axis + 2 :])
+def _half[R](a: Array, group: int, tree: R, new: R | None = None) -> R:
+  """Half `a` of the queries of arrays `B K gq ...`; or the arrays with `new` in its place."""
+  half = {"T": Part(2, 1, a)}
+
+  def move(x, *new):
+    view = x.reshape(*x.shape[:2], group, -1, *x.shape[3:])
+    view = parts.put(view, "B K G T", half, *new) if new else parts.take(view, "B K G T", half)
+    return view.reshape(*x.shape[:2], -1, *x.shape[3:])
+
+  return jax.tree.map(move, tree, *(() if new is None else (new,)))
 
 
-def _backward(settings, modifiers, mask, q, k, v, d_out, lse, delta, seeds):
+def _backward(settings, q, k, v, d_out, lse, delta, modifiers, mask, seeds):
   """(dq, dk, dv, dmodifiers), all float32. An empty row comes with lse = +inf, so that its
   probabilities are 0.
 
-  Tiles lie keys first, `r k gq`, and dQ is summed transposed, `r H gq`: so laid out, every product
-  reads its operands row by row, on a CPU 2 to 3 times faster than otherwise.
+  Tiles lie keys first, `B K k gq`, and dQ is summed transposed, `B K H gq`: so laid out, every
+  product reads its operands row by row, on a CPU 2 to 3 times faster than otherwise.
   """
-  B, T, K, G, H = q.shape
-  _, by_key = schedule(mask, T, k.shape[1], settings)
-  order, full, active = map(jnp.asarray, by_key)
-  block_q, block_k = settings.block_q, settings.block_k
+  _, T, _, G, H = q.shape
+  S = k.shape[1]
+  block_q, block_k, _, rows, heads = settings.tiling
   zero = loops.zero((q, k, v, modifiers, mask, d_out, lse, seeds))
   kept = 1.0 / (1.0 - settings.dropout_rate)
 
-  def column(carry, j):
-    k_tile, v_tile = (_heads_first(x, 1, j, block_k) for x in (k, v))
-    # float32: XLA's CPU backend has no product of two bfloat16 that sums over rows.
-    k_turned = k_tile.swapaxes(1, 2).astype(jnp.float32)
+  def part(cut, results):
+    here = mask.part(cut["B"], cut["K"])
+    order, full, active = map(jnp.asarray, schedule(here, T, S, settings.tiling)[1])
+    seed = None if seeds is None else parts.take(seeds, "B K", cut)
 
-    def visit(n, carry, mask):
-      dk, dv, dq, d_modifiers = carry
-      i = order[j, n]
-      tile = _Tile(settings, (B, K, G), i, [j])
-      q_tile, d_tile = (_heads_first(x, 1, i, block_q) for x in (q, d_out))
-      q_tile = q_tile * jnp.asarray(settings.q_scale, q.dtype)
-      lse_tile, delta_tile = (_heads_first(x, 3, i, block_q)[:, None] for x in (lse, delta))
-      modify = lambda product, part: tile.modify(product.swapaxes(1, 2), part).swapaxes(1, 2)
-      s, pull = jax.vjp(modify, _sum("rsh,rqh->rsq", k_tile, q_tile), tile.part(modifiers))
-      s = s if mask is None else jnp.where(tile.allowed(mask).swapaxes(1, 2), s, -jnp.inf)
-      p = exp(s - lse_tile)
-      dp = _sum("rsh,rqh->rsq", v_tile, d_tile)
-      used = p
-      if seeds is not None:
-        keep = tile.keep(seeds).swapaxes(1, 2)
-        used, dp = (jnp.where(keep, x * kept, 0.0) for x in (p, dp))
-      dv += _sum("rsq,rqh->rsh", used, d_tile)
-      d_product, d_part = pull(p * (dp - delta_tile))
-      dk += _sum("rsq,rqh->rsh", d_product, q_tile)
-      new = _sum("rhs,rsq->rhq", k_turned, d_product).reshape(B * K, H, G, block_q)
-      dq_tile = lax.dynamic_slice_in_dim(dq, i * block_q, block_q, 3) + new
-      dq = lax.dynamic_update_slice_in_dim(dq, dq_tile, i * block_q, 3)
-      return dk, dv, dq, tile.add(d_modifiers, d_part)
+    def column(j, carry):
+      keys = Part(S // block_k, 1, j)
+      k_tile, v_tile = (_tokens(x, "B T K", {**cut, "T": keys}) for x in (k, v))
+      # float32: XLA's CPU backend has no product of two bfloat16 that sums over rows.
+      k_turned = k_tile.swapaxes(2, 3).astype(jnp.float32)
 
-    state = (_zeros(k_tile) + zero, _zeros(v_tile) + zero, *carry)
-    state = lax.fori_loop(0, full[j], functools.partial(visit, mask=None), state)
-    state = lax.fori_loop(full[j], active[j], functools.partial(visit, mask=mask), state)
-    return state[2:], tuple(x.reshape(B, K, block_k, -1).swapaxes(1, 2) for x in state[:2])
+      def visit(n, carry, mask):
+        dk, dv, dq, d_modifiers = carry
+        queries = Part(T // block_q, 1, order[j, n])
+        at = {**cut, "T": queries}
+        tile = _Tile(settings, G, {**at, "S": keys})
+        q_tile, d_tile = (_tokens(x, "B T K G", at) for x in (q, d_out))
+        q_tile = q_tile * jnp.asarray(settings.q_scale, q.dtype)
+        lse_tile, delta_tile = (_tokens(x, "B K G T", at)[:, :, None] for x in (lse, delta))
+        modify = lambda product, part: tile.modify(product.swapaxes(2, 3), part).swapaxes(2, 3)
+        s, pull = jax.vjp(modify, _sum("bksh,bkqh->bksq", k_tile, q_tile), tile.part(modifiers))
+        s = s if mask is None else jnp.where(tile.allowed(mask).swapaxes(2, 3), s, -jnp.inf)
+        p = exp(s - lse_tile)
+        dp = _sum("bksh,bkqh->bksq", v_tile, d_tile)
+        used = p
+        if seed is not None:
+          keep = tile.keep(seed).swapaxes(2, 3)
+          used, dp = (jnp.where(keep, x * kept, 0.0) for x in (p, dp))
+        dv += _sum("bksq,bkqh->bksh", used, d_tile)
+        d_product, d_part = pull(p * (dp - delta_tile))
+        dk += _sum("bksq,bkqh->bksh", d_product, q_tile)
+        new = _sum("bkhs,bksq->bkhq", k_turned, d_product).reshape(*dq.shape[:4], -1)
+        dq = parts.add(dq, "B K H G T", {"T": queries}, new)
+        return dk, dv, dq, tile.add(d_modifiers, d_part)
 
-  dq = jnp.zeros((B * K, H, G, T), jnp.float32)
-  start = jax.tree.map(lambda x: x + zero, (dq, jax.tree.map(_zeros, modifiers)))
-  blocks = jnp.arange(k.shape[1] // block_k, dtype=jnp.int32)
-  (dq, d_modifiers), (dk, dv) = lax.scan(column, start, blocks)
-  dq = dq.reshape(B, K, H, G, T).transpose(0, 4, 1, 3, 2) * settings.q_scale
-  return dq, _joined(dk, 1), _joined(dv, 1), d_modifiers
+      dq, dk, dv, d_modifiers = carry
+      state = (_zeros(k_tile) + zero, _zeros(v_tile) + zero, dq, d_modifiers)
+      state = lax.fori_loop(0, full[j], functools.partial(visit, mask=None), state)
+      state = lax.fori_loop(full[j], active[j], functools.partial(visit, mask=here), state)
+      *tiles, dq, d_modifiers = state
+      tiles = [x.swapaxes(1, 2) for x in tiles]
+      at = {**cut, "T": keys}
+      dk, dv = (parts.put(x, "B T K", at, new) for x, new in zip((dk, dv), tiles, strict=True))
+      return dq, dk, dv, d_modifiers
+
+    dq, *others = results
+    one = jnp.zeros((rows, heads, H, G, T), jnp.float32) + zero
+    one, *others = lax.fori_loop(0, S // block_k, column, (one, *others))
+    one = one.transpose(0, 4, 1, 3, 2) * settings.q_scale
+    return parts.put(dq, "B T K", cut, one), *others
+
+  start = jax.tree.map(_zeros, (q, k, v, modifiers))
+  return _in_parts(settings.tiling, q, part, jax.tree.map(lambda x: x + zero, start))
 
 
 def _zeros(x: Array) -> Array:

@@ -37,3 +37,15 @@ def test_chips_are_told_apart(kind, platform, hopper, tpu, nvidia):
     ):
       assert (reason is None) == here
       assert here or kind in reason
+
+
+def test_a_core_for_each_device(monkeypatch):
+  """Two cores: one device has both, and each of two has its own; another chip has no such cores."""
+  monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+  assert not chips.has_one_core()
+  with jax.set_mesh(jax.make_mesh((2,), ("x",))):
+    assert chips.has_one_core()
+  monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+  assert chips.has_one_core()
+  with kit.pretend("TPU v5 lite", "tpu"):
+    assert not chips.has_one_core()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from attention import masks
 from attention.masks import Span
+from attention.parts import Part
 
 PICTURES = {
   "causal": (masks.causal(), "#... ##.. ###. ####"),
@@ -102,10 +103,21 @@ def test_blocks_agree_with_elements(mask, block_q, block_k):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(mask=MASKS, b=st.integers(0, 1))
-def test_row_is_that_row_of_the_batch(mask, b):
+def test_part_is_those_rows_of_the_batch(mask, b):
   whole = np.asarray(mask.as_array(WIDTH, WIDTH))
-  row = np.asarray(jax.jit(lambda mask, b: mask.row(b).as_array(WIDTH, WIDTH))(mask, jnp.int32(b)))
+  part = lambda mask, b: mask.part(Part(2, 1, b), Part(1, 1, 0)).as_array(WIDTH, WIDTH)
+  row = np.asarray(jax.jit(part)(mask, jnp.int32(b)))
   np.testing.assert_array_equal(row[0], whole[b if whole.shape[0] > 1 else 0])
+
+
+def test_part_is_those_heads_of_an_array():
+  """Key heads 1 and 3 of 4, each with its two queries; what a mask's heads share stays whole."""
+  array = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 8, 5, 7))
+  heads = Part(4, 2, jnp.int32(1))
+  got = (masks.from_array(array) & masks.lengths(key=jnp.array([7, 7]))).part(Part(2, 2, 0), heads)
+  np.testing.assert_array_equal(got.as_array(5, 7), array[:, [2, 3, 6, 7]])
+  shared = masks.from_array(array[:, :1]).part(Part(2, 2, 0), heads)
+  np.testing.assert_array_equal(shared.as_array(5, 7), array[:, :1])
 
 
 @pytest.mark.parametrize(

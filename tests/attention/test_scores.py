@@ -32,9 +32,3 @@ def test_heads_are_grouped_in_rows():
   """Query head n belongs to key head n // G, as in jax.nn."""
   x = jnp.arange(6.0).reshape(1, 6, 1, 1)
   np.testing.assert_array_equal(scores.grouped(x, 2)[0, :, :, 0, 0], [[0, 1, 2], [3, 4, 5]])
-
-
-def test_tile_of_keeps_axes_of_one():
-  bias = jnp.arange(12.0).reshape(1, 2, 1, 6)
-  tile = scores.tile_of(bias, (jnp.int32(4), 4), (jnp.int32(2), 2))
-  np.testing.assert_array_equal(tile[0, :, 0], [[2, 3], [8, 9]])
