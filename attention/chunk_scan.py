@@ -4,12 +4,13 @@
     O = P V + (Q * exp(prefix)) S                 S' = exp(total) S + (K * exp(suffix))^T V
 
 `attention/chunks.py` has the decays. G chunks are a group: what is inside a chunk is computed for
-all of them at once, as if they were rows of the batch, and only states go from one to the next. The
+all of them at once, as if they were rows of the batch (each row's own beside each other, so that a
+mesh may cut the batch), and only states go from one to the next. The
 backward pass keeps the inputs and nothing else. It runs the states forward once more, keeping one
 per group, and then walks back over the groups, each recomputed from the state that enters it and
 differentiated there and then. That is plain JAX, so it differentiates again.
 
-The layout inside a chunk is head-major, [GB N C width], and every buffer of the loop is used again
+The layout inside a chunk is head-major, [BG N C width], and every buffer of the loop is used again
 for the next group: on a CPU the working set of a group stays in cache.
 """
 
@@ -50,7 +51,7 @@ class Rule(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """The differentiable inputs of a group's tokens, [GB C heads width]."""
+  """The differentiable inputs of a group's tokens, [BG C heads width]."""
 
   q: jax.Array
   k: jax.Array
@@ -62,13 +63,13 @@ class Marks(NamedTuple):
   """The integers of a group's tokens."""
 
   positions: jax.Array
-  keep: jax.Array | None  # [GB C], False where a token is padding
-  runs: jax.Array | None  # [GB C], the number of the token's document
-  before: jax.Array | None  # [GB], of the document active before the chunk
+  keep: jax.Array | None  # [BG C], False where a token is padding
+  runs: jax.Array | None  # [BG C], the number of the token's document
+  before: jax.Array | None  # [BG], of the document active before the chunk
 
 
 class _Terms(NamedTuple):
-  """A group's tokens as states see them, [GB N C width], and how these fade across a chunk."""
+  """A group's tokens as states see them, [BG N C width], and how these fade across a chunk."""
 
   k: jax.Array
   v: jax.Array
@@ -85,7 +86,7 @@ def spread(x: jax.Array, num_heads: int, axis: int) -> jax.Array:
 
 
 def _head_major(x: jax.Array, num_heads: int) -> jax.Array:
-  """[GB C K W] -> [GB N C W], every head repeated for the output heads that read it."""
+  """[BG C K W] -> [BG N C W], every head repeated for the output heads that read it."""
   return spread(jnp.swapaxes(x, 1, 2), num_heads, 1)
 
 
@@ -112,9 +113,9 @@ def _terms(rule: Rule, phi: FeatureMap, x: Tokens, marks: Marks) -> _Terms:
 
 
 def _states(rule: Rule, state: State, x: _Terms) -> tuple[State, State]:
-  """The state after a group, and those that enter its chunks, [GB ...]."""
+  """The state after a group, and those that enter its chunks, [BG ...]."""
   B = state.kv.shape[0]
-  in_order = lambda x: x.reshape(-1, B, *x.shape[1:])
+  in_order = lambda x: jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 0)
   k = x.k * x.write
   kv = products.transposed_times(k, x.v, rule.precision)
   new = in_order(kv), in_order(jnp.sum(k, axis=2)) if rule.normalize else None
@@ -128,11 +129,11 @@ def _states(rule: Rule, state: State, x: _Terms) -> tuple[State, State]:
     return State(kv + new_kv, state.z if new_z is None else z + new_z), state
 
   state, entering = lax.scan(chunk, state, (new, carry))
-  return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), entering)
+  return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), entering)
 
 
 def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
-  """P_ij, what token i reads of token j's write: [GB N C C]."""
+  """P_ij, what token i reads of token j's write: [BG N C C]."""
   causal = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))[None, None]
   allowed = causal if x.masks is None else causal & x.masks.same
   if x.g is not None and x.g.shape[-1] > 1:
@@ -145,7 +146,7 @@ def _scores(rule: Rule, q: jax.Array, x: _Terms) -> jax.Array:
 
 
 def _read(rule: Rule, state: State, q: jax.Array, x: _Terms) -> jax.Array:
-  """The outputs of a group, from the states that enter its chunks: [GB N C h]."""
+  """The outputs of a group, from the states that enter its chunks: [BG N C h]."""
   scores, q = _scores(rule, q, x), q * x.read
   out = products.times(scores, x.v, rule.precision)
   out = out + products.times(q, state.kv, rule.precision)
@@ -166,7 +167,7 @@ def divide(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _group(
   rule: Rule, phi: FeatureMap, state: State, x: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
-  """One group: (state after, outputs [GB C N h])."""
+  """One group: (state after, outputs [BG C N h])."""
   terms = _terms(rule, phi, x, marks)
   q = _head_major(
     phi(x.q.astype(rule.dtype), positions=marks.positions, is_query=True), rule.num_heads
@@ -180,7 +181,7 @@ def _group(
 def scan(
   rule: Rule, phi: FeatureMap, state: State, xs: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
-  """All groups, [groups GB C ...]; the backward pass is `_scan_backward`."""
+  """All groups, [groups BG C ...]; the backward pass is `_scan_backward`."""
   return lax.scan(lambda state, x: _group(rule, phi, state, *x), state, (xs, marks))
 
 
@@ -227,17 +228,17 @@ def group_size(T: int, chunk_size: int, numbers: int) -> int:
 
 
 def cut(x: jax.Array, chunk_size: int, group: int = 1, mode: str = "constant") -> jax.Array:
-  """[B T ...] -> [groups GB C ...], the last group padded."""
+  """[B T ...] -> [groups BG C ...], the last group padded."""
   B, T = x.shape[:2]
   x = jnp.pad(x, [(0, 0), (0, -T % (group * chunk_size))] + [(0, 0)] * (x.ndim - 2), mode=mode)
-  x = jnp.moveaxis(x.reshape(B, -1, group, chunk_size, *x.shape[2:]), 0, 2)
-  return x.reshape(-1, group * B, chunk_size, *x.shape[4:])
+  x = jnp.moveaxis(x.reshape(B, -1, group, chunk_size, *x.shape[2:]), 0, 1)
+  return x.reshape(-1, B * group, chunk_size, *x.shape[4:])
 
 
 def join(x: jax.Array, batch: int) -> jax.Array:
-  """[groups GB C ...] -> [B T ...], padding included."""
-  x = x.reshape(x.shape[0], -1, batch, *x.shape[2:])
-  return jnp.moveaxis(x, 2, 0).reshape(batch, -1, *x.shape[4:])
+  """[groups BG C ...] -> [B T ...], padding included."""
+  x = x.reshape(x.shape[0], batch, -1, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0).reshape(batch, -1, *x.shape[4:])
 
 
 def full_decay(g: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -265,7 +266,7 @@ def make_marks(
   lengths: jax.Array | None,
   segment_ids: jax.Array | None,
 ) -> Marks:
-  """Positions, padding and documents of every group, [groups GB C], for `shape` = (B, T)."""
+  """Positions, padding and documents of every group, [groups BG C], for `shape` = (B, T)."""
   B, T = shape
   index = jnp.arange(T, dtype=jnp.int32)[None]
   keep = index < (T if lengths is None else lengths.astype(jnp.int32)[:, None])

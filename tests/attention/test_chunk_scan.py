@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from attention import chunk_scan
+from attention import chunk_scan, linear_attention
 
 
 def test_divide_by_nothing_is_nothing_with_no_gradient():
@@ -27,7 +28,7 @@ def test_groups_are_cut_and_joined():
   x = jnp.arange(20.0).reshape(2, 10)
   groups = chunk_scan.cut(x, 2, 3)
   assert groups.shape == (2, 6, 2)
-  np.testing.assert_array_equal(groups[0], [[0, 1], [10, 11], [2, 3], [12, 13], [4, 5], [14, 15]])
+  np.testing.assert_array_equal(groups[0], [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13], [14, 15]])
   np.testing.assert_array_equal(chunk_scan.join(groups, 2)[:, :10], x)
 
 
@@ -59,3 +60,20 @@ def test_a_chunk_of_padding_continues_the_last_document():
   marks = chunk_scan.make_marks((1, 5), 2, 2, None, None, jnp.array([[0, 0, 0, 0, 1]], jnp.int32))
   np.testing.assert_array_equal(marks.runs, [[[0, 0], [0, 0]], [[1, 1], [1, 1]]])
   np.testing.assert_array_equal(marks.before, [[0, 0], [0, 1]])
+
+
+@pytest.mark.parametrize("spec", [jax.P("x"), jax.P(None, None, "x")], ids=["batch", "heads"])
+def test_what_a_mesh_cuts_stays_where_it_is(spec):
+  """Batch or heads of a jitted call are cut by 8: no device asks another for what it holds."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jax.ShapeDtypeStruct((8, 520, 8, 8), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+
+  def loss(q, k, v, g):
+    out = linear_attention(q, k, v, log_decay=g, implementation="chunked", chunk_size=64)
+    return (out * jnp.cos(out)).sum()
+
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, x, x, x).compile()
+  assert "all-gather" not in compiled.as_text()
+  assert "all-to-all" not in compiled.as_text()
+  for gradient in compiled.output_shardings:
+    assert gradient.shard_shape(x.shape) == x.sharding.shard_shape(x.shape)
