@@ -4,11 +4,11 @@
     O = P V + (Q * exp(prefix)) S                 S' = exp(total) S + (K * exp(suffix))^T V
 
 `attention/chunks.py` has the decays. G chunks are a group: what is inside a chunk is computed for
-all of them at once, as if they were rows of the batch (each row's own beside each other, so that a
-mesh may cut the batch), and only states go from one to the next. The
-backward pass keeps the inputs and nothing else. It runs the states forward once more, keeping one
-per group, and then walks back over the groups, each recomputed from the state that enters it and
-differentiated there and then. That is plain JAX, so it differentiates again.
+all of them at once, as if they were rows of the batch, and only states go from one to the next. The
+chunks of a row stand beside each other, so that a mesh may cut the batch. The backward pass keeps
+the inputs and nothing else. It runs the states forward once more, keeping one per group, and then
+walks back over the groups, each recomputed from the state that enters it and differentiated there
+and then. That is plain JAX, so it differentiates again.
 
 The layout inside a chunk is head-major, [BG N C width], and every buffer of the loop is used again
 for the next group: on a CPU the working set of a group stays in cache.

@@ -61,6 +61,10 @@ class Tiling(NamedTuple):
   heads: int = 1
   """Key heads that do, each with the queries of its group."""
 
+  def halved(self) -> "Tiling":
+    """The same with quarters for blocks."""
+    return self._replace(block_q=self.block_q // 2, block_k=self.block_k // 2)
+
 
 class Settings(NamedTuple):
   """What is known before anything runs."""
@@ -71,11 +75,6 @@ class Settings(NamedTuple):
   dropout_rate: float = 0.0
   q_scale: float = 1.0
   """What queries are multiplied by, instead of the scores, where that is exact."""
-
-  def halved(self) -> "Settings":
-    """The same with a quarter of the tile."""
-    sides = {"block_q": self.tiling.block_q // 2, "block_k": self.tiling.block_k // 2}
-    return self._replace(tiling=self.tiling._replace(**sides))
 
 
 class Schedule(NamedTuple):
@@ -98,9 +97,8 @@ def quarters(mask: Mask, T: int, S: int, tiling: Tiling) -> Schedule:
   """The visits of each query block to quarters of its mixed blocks, none of them full: half `a` of
   the queries and half block `b` of the keys are number `a n + b`, n half blocks of keys.
   """
-  half = tiling._replace(block_q=tiling.block_q // 2, block_k=tiling.block_k // 2)
   every = _blocks(mask, T, S, tiling)[1]
-  some = _blocks(mask, T, S, half)[0] & ~every.repeat(2, 0).repeat(2, 1)
+  some = _blocks(mask, T, S, tiling.halved())[0] & ~every.repeat(2, 0).repeat(2, 1)
   some = some.reshape(every.shape[0], -1)
   return _visits(some, some & ~some)
 
@@ -118,7 +116,7 @@ def _visits(some: masks.Array, every: masks.Array) -> Schedule:
   return Schedule(order, (state == 0).sum(1, dtype=np.int32), (state < 2).sum(1, dtype=np.int32))
 
 
-def tiling(mask: Mask, q: tuple[int, ...], k: tuple[int, ...], cache: int) -> Tiling:
+def choose(mask: Mask, q: tuple[int, ...], k: tuple[int, ...], cache: int) -> Tiling:
   """Of queries `B T N ...` and keys `B S K ...`: the largest block that the cache allows one head
   or all, smaller where that lets a static mask skip more, and as many heads and rows as fit.
   """
@@ -135,8 +133,9 @@ def tiling(mask: Mask, q: tuple[int, ...], k: tuple[int, ...], cache: int) -> Ti
   skips = mask.is_static and sizes[-1] < longest <= 2**16
   block = min(sizes, key=work) if skips else sizes[0]
   block_q, block_k = (min(block, -(-length // 8) * 8) for length in (T, S))
-  devices, known = parts.devices() or jax.device_count(), parts.devices() or 1
-  fit = known * cache // (group * block_q * block_k)
+  known = parts.devices()
+  devices = known or jax.device_count()
+  fit = (known or 1) * cache // (group * block_q * block_k)
   heads = parts.side(K, devices, max(fit // math.gcd(B, devices), least))
   rows = parts.side(B, devices, fit // heads if heads == K else 1)
   return Tiling(block_q, block_k, min(block_q, block_k) >= _QUARTERED, rows, heads)
@@ -154,16 +153,16 @@ def attend(
   logit_cap: float | None,
   dropout_rate: float = 0.0,
   dropout_seeds: Array | None = None,
-  cut: Tiling | None = None,
+  tiling: Tiling | None = None,
 ) -> tuple[Array, Array]:
   """The output `B T N h` and the log-sum-exp `B N T`, float32, of q `B T N H`, k `B S K H`, v `B S
   K h`; the seeds of dropout are int32 `B N`.
   """
   B, T, N, _ = q.shape
   S, K, h = v.shape[1:]
-  if cut is None:
-    cut = tiling(mask, q.shape, k.shape, OF_A_CORE if chips.has_one_core() else SHARED)
-  block_q, block_k, *_ = cut
+  if tiling is None:
+    tiling = choose(mask, q.shape, k.shape, OF_A_CORE if chips.has_one_core() else SHARED)
+  block_q, block_k, *_ = tiling
   if S % block_k:
     mask = mask & masks.prefix(S)
   q, k, v, modifiers, sinks = loops.together((q, k, v, modifiers, sinks))
@@ -176,7 +175,7 @@ def attend(
     modifiers = modifiers._replace(bias=bias)
   exact = _scales_exactly(q.dtype, scale)
   scales = {"scale": 1.0 if exact else scale, "q_scale": scale if exact else 1.0}
-  settings = Settings(logit_cap=logit_cap, tiling=cut, dropout_rate=dropout_rate, **scales)
+  settings = Settings(logit_cap=logit_cap, tiling=tiling, dropout_rate=dropout_rate, **scales)
   seeds = dropout_seeds if dropout_rate else None
   out, lse = _attend(settings, q, k, v, modifiers, sinks, mask, seeds)
   return out[:, :T].reshape(B, T, N, h).astype(v.dtype), lse[..., :T].reshape(B, N, T)
@@ -348,6 +347,7 @@ def _forward(settings, q, k, v, modifiers, sinks, mask, seeds):
     seed = None if seeds is None else parts.take(seeds, "B K", cut)
     if in_quarters:
       fine, _, count = map(jnp.asarray, quarters(here, T, S, settings.tiling))
+      fine_settings = settings._replace(tiling=settings.tiling.halved())
 
     def visit(settings, queries, q_tile, block, state, mask=None):
       keys = Part(S // settings.tiling.block_k, 1, block)
@@ -369,7 +369,7 @@ def _forward(settings, q, k, v, modifiers, sinks, mask, seeds):
         a, b = jnp.divmod(fine[i, n], 2 * S // block_k)
         half = functools.partial(_half, a, G)
         there = Part(2 * T // block_q, 1, 2 * i + a)
-        return half(state, visit(settings.halved(), there, half(q_tile), b, half(state), here))
+        return half(state, visit(fine_settings, there, half(q_tile), b, half(state), here))
 
       state = online_softmax.start(q_tile.shape[:3], h)
       state = jax.tree.map(lambda x: x + zero, state)

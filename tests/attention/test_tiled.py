@@ -27,7 +27,7 @@ def _cut(q, k, block, **how):
 @functools.partial(jax.jit, static_argnames="cut")
 def _attend(q, k, v, mask, cut, modifiers=_PLAIN, sinks=None):
   return tiled.attend(
-    q, k, v, mask, modifiers, sinks, scale=q.shape[-1] ** -0.5, logit_cap=None, cut=cut
+    q, k, v, mask, modifiers, sinks, scale=q.shape[-1] ** -0.5, logit_cap=None, tiling=cut
   )
 
 
@@ -159,7 +159,7 @@ def test_quarters_are_what_mixed_blocks_hold(mask, per_block):
 
 
 def _tiling(mask, B, N, K, T, cache=tiled.SHARED):
-  return tiled.tiling(mask, (B, T, N, 64), (B, T, K, 64), cache)
+  return tiled.choose(mask, (B, T, N, 64), (B, T, K, 64), cache)
 
 
 def test_small_windows_get_small_tiles():
