@@ -8,7 +8,7 @@ FLOOR := $(shell sed -n 's/^ *jax>=\([0-9.]*\).*/\1/p' setup.cfg)
 # What leans on jax's own workings: every mechanism, kernels in their interpreters, a model on a mesh. The ops' own
 # tests ask about arithmetic, which the mechanisms' ask again here.
 CORE := tests/pallas_kernels tests/attention/modules/test_decoder.py \
-  $(addprefix tests/attention/test_,$(addsuffix .py,variants flash tiled parts exponential products explicit kernels linear_kernels context_parallel lowering))
+  $(addprefix tests/attention/test_,$(addsuffix .py,variants flash explicit kernels linear_kernels context_parallel))
 # Long tests stand last: who is idle takes them over.
 PYTEST := -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 

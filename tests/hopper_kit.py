@@ -125,17 +125,19 @@ def run(call: Call, q, k, v, d_out, d_lse):
 def expected(call: Call, q, k, v, d_out, d_lse):
   """The results by name, in float64, and the sum of the sizes of what adds up to `d_slopes`."""
   B, T, N, _ = q.shape
-  with kit.double():
-    given = kit.to_double(call.given)
-    scores = jnp.zeros((B, N, T, k.shape[1]))
-    inputs = (*kit.to_double((q, k, v)), given.bias, given.alibi_slopes, scores)
 
+  @jax.jit
+  def run(q, k, v, given, d_out, d_lse):
     def f(q, k, v, bias, slopes, scores):
       total = scores if bias is None else scores + bias
       return oracle(call, q, k, v, given._replace(bias=total, alibi_slopes=slopes))
 
-    (out, lse), pull = jax.vjp(f, *inputs)
-    *gradients, d_scores = pull((kit.to_double(d_out), kit.to_double(d_lse)))
+    scores = jnp.zeros((B, N, T, k.shape[1]))
+    results, pull = jax.vjp(f, q, k, v, given.bias, given.alibi_slopes, scores)
+    return *results, *pull((d_out, d_lse))
+
+  with kit.double():
+    out, lse, *gradients, d_scores = run(*kit.to_double((q, k, v, call.given, d_out, d_lse)))
     distance = np.abs(np.arange(T)[:, None] - np.arange(k.shape[1]))
     terms = (np.abs(np.asarray(d_scores)) * distance).sum()
   names = ("dq", "dk", "dv", "d_bias", "d_slopes")

@@ -145,25 +145,31 @@ def recurrence(
 
 def expected(problem: Problem) -> dict[str, Any]:
   """out, state and every gradient by the recurrence and automatic differentiation in float64."""
+
+  @jax.jit
+  def run(x):
+    call = functools.partial(recurrence, settings=problem.settings)
+    (out, state), pull = jax.vjp(call, x["q"], x["k"], x["v"], x["g"], x["state"])
+    return out, state, pull((x["d_out"], x["d_state"]))
+
   inputs = problem.inputs()
   with kit.double():
-    x = kit.to_double(inputs)
-    run = functools.partial(recurrence, settings=problem.settings)
-    given = (x["q"], x["k"], x["v"], x["g"], x["state"])
-    (out, state), pull = jax.vjp(lambda *args: run(*args), *given)
-    gradients = pull((x["d_out"], x["d_state"]))
-  return _named(out, state, gradients)
+    return _named(*run(kit.to_double(inputs)))
 
 
 def dq_terms(problem: Problem) -> float:
   """The size of the two terms of a normalized dq, through the output and through the weight. Where
   all that a query sees is alike they are equal and their sum is nothing.
   """
-  with kit.double():
-    x = kit.to_double(problem.inputs())
+
+  @jax.jit
+  def through_the_output(x):
     held = functools.partial(recurrence, settings=problem.settings, hold=True)
     out = lambda q: held(q, x["k"], x["v"], x["g"], x["state"])[0]
-    (dq,) = jax.vjp(out, x["q"])[1](x["d_out"])
+    return jax.vjp(out, x["q"])[1](x["d_out"])
+
+  with kit.double():
+    (dq,) = through_the_output(kit.to_double(problem.inputs()))
   return float(np.sqrt((np.asarray(dq) ** 2).mean()))
 
 

@@ -3,7 +3,7 @@ optimizer.
 
 A change that moves a curve on purpose writes the file anew, and the review sees by how much:
 
-    python tests/test_golden.py
+    python -m tests.test_golden
 """
 
 import dataclasses
@@ -27,14 +27,15 @@ CONFIG = Config(
   steps=20,
   batch_size=4,
   seq_len=32,
-  model=ModelConfig(num_layers=2, width=32, num_heads=2, num_kv_heads=1),
+  model=ModelConfig(width=32, num_heads=2, num_kv_heads=1),
   optim=OptimConfig(lr=2e-3, warmup=5),
 )
 
 
 def losses(spec: str) -> list[float]:
   """The training loss of each of the steps, nats per token."""
-  config = dataclasses.replace(CONFIG, attention=spec)
+  layers = dataclasses.replace(CONFIG.model, num_layers=len(spec.split(",")))
+  config = dataclasses.replace(CONFIG, attention=spec, model=layers)
   task = make_task(config.task, seq_len=config.seq_len, seed=config.seed, data=DataConfig())
   decoder = model.make_model(config, task.vocab_size)
   state, step = learning.init_state(config, decoder), learning.make_step(config, decoder)

@@ -55,7 +55,6 @@ def execute(name):
   notebook = read(ROOT / f"notebooks/{name}.ipynb")
   path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
   environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "MPLBACKEND": ""}
-  environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   client = nbclient.NotebookClient(
     notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
   )

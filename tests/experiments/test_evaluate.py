@@ -23,13 +23,13 @@ def oracle(params, inputs):
 
   def rows(tokens):
     out = np.full((*tokens.shape, TASK.vocab_size), -1e9, np.float32)
-    for b, row in enumerate(tokens):
-      belief = np.eye(states)[row[0] - 2 * states] if row[0] >= 2 * states else np.full(8, 1 / 8)
-      for t in range(len(row)):
-        if t:
-          belief = belief @ hidden.joint[row[t]]
-          belief = belief / belief.sum()
-        out[b, t, : 2 * states] = np.log(belief @ hidden.emission)
+    announced = tokens[:, :1] - 2 * states
+    belief = np.where(announced < 0, 1 / states, np.eye(states)[np.maximum(announced[:, 0], 0)])
+    for t in range(tokens.shape[1]):
+      if t:
+        belief = np.einsum("bs,bst->bt", belief, hidden.joint[tokens[:, t]])
+        belief /= belief.sum(1, keepdims=True)
+      out[:, t, : 2 * states] = np.log(belief @ hidden.emission)
     return out
 
   shape = jax.ShapeDtypeStruct((*inputs.shape, TASK.vocab_size), jnp.float32)

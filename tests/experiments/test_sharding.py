@@ -35,8 +35,6 @@ def losses(config: Config, steps: int = 5) -> list[float]:
 ACTIVE = {"optim__lr": 0.02, "optim__warmup": 0, "optim__schedule": "constant"}
 
 MESHES = {
-  "tensor": MeshConfig(tensor=4),
-  "sequence": MeshConfig(sequence=4),
   "all": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
   "data and fsdp": MeshConfig(data=2, fsdp=2, tensor=2),
 }

@@ -63,8 +63,10 @@ def test_any_call(problem):
 def test_a_document_does_not_see_the_one_before():
   """Bit for bit: exp(FORGET) is 0, whatever was there."""
   x = _problem(T=66, Nq=1, K=1, Kv=1, document=50).inputs()
-  forward = lambda v: linear_hopper.forward(
-    x["q"], x["k"], v, x["g"], x["state"], Settings(1.0, False), on_chip=False
+  forward = jax.jit(
+    lambda v: linear_hopper.forward(
+      x["q"], x["k"], v, x["g"], x["state"], Settings(1.0, False), on_chip=False
+    )
   )
   with _interpreter():
     out = forward(x["v"])[0]

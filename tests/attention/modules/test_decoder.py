@@ -162,6 +162,7 @@ def assert_same_on_mesh(config, axes):
   return sharded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "axes"), CASES, ids=str)
 def test_a_mesh_changes_nothing(pattern, axes):
   params = assert_same_on_mesh(configure(pattern), axes)
@@ -172,6 +173,7 @@ def test_a_mesh_changes_nothing(pattern, axes):
   assert kernel.sharding.spec == P(cut("fsdp"), cut("tensor"), None)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_for_mixers_that_learn_more():
   """What is per head lies with its head, and a norm over all heads crosses devices."""
   pattern = "retnet,lightning,mamba2,hgrn2,rglru,hedgehog,performer"

@@ -2,6 +2,8 @@
 implementation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,7 +271,12 @@ def test_prefill_in_two_parts_and_steps(window, lengths):
   """
   case = kit.Case(T=40, S=40)
   q, k, v = case.inputs()
-  expected = softmax.attend(q, k, v, window=window)
+  expected = np.asarray(kit.compiled(softmax.attend)(q, k, v, window=window))
+  q, k, v = (np.asarray(x) for x in (q, k, v))
+  prefill, step = (
+    jax.jit(functools.partial(function, window=window))
+    for function in (softmax.prefill, softmax.step)
+  )
   state = softmax.init_state(
     2, num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, max_length=40, window=window
   )
@@ -278,13 +285,12 @@ def test_prefill_in_two_parts_and_steps(window, lengths):
   for T in (13, 11):
     count = np.array(lengths if lengths and T == 13 else (T, T))
     index = read[:, None] + np.arange(T)
-    part = [jnp.take_along_axis(x, jnp.asarray(index)[..., None, None], 1) for x in (q, k, v)]
-    state, out = softmax.prefill(state, *part, lengths=jnp.asarray(count, jnp.int32), window=window)
+    part = [np.take_along_axis(x, index[..., None, None], 1) for x in (q, k, v)]
+    state, out = prefill(state, *part, lengths=count.astype(np.int32))
     for b in range(2):
       wanted = expected[b, read[b] : read[b] + count[b]]
       kit.assert_close(f"prefill {T}, row {b}", out[b, : count[b]], wanted)
     read += count
-  step = jax.jit(lambda state, q, k, v: softmax.step(state, q, k, v, window=window))
   for _ in range(12):
     token = [x[np.arange(2), read] for x in (q, k, v)]
     state, out = step(state, *token)
