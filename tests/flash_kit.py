@@ -148,7 +148,7 @@ def oracle(problem: Problem) -> dict[str, np.ndarray]:
     return out, jnp.where(empty, -jnp.inf, m + jnp.log(total))[..., 0]
 
   @jax.jit
-  def run(x, d_out, d_lse):
+  def differentiate(x, d_out, d_lse):
     (out, lse), pull = jax.vjp(attend, x)
     (gradients,) = pull((d_out, jnp.where(lse == -jnp.inf, 0.0, d_lse)))
     return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in gradients.items()}
@@ -156,7 +156,8 @@ def oracle(problem: Problem) -> dict[str, np.ndarray]:
   x = problem.inputs()
   with kit.double():
     x = kit.to_double(x)
-    return {name: np.asarray(g) for name, g in run(x, x.pop("d_out"), x.pop("d_lse")).items()}
+    d_out, d_lse = x.pop("d_out"), x.pop("d_lse")
+    return {name: np.asarray(g) for name, g in differentiate(x, d_out, d_lse).items()}
 
 
 def run(kernel: Any, problem: Problem, inputs=None, *, traced: bool = False):

@@ -127,7 +127,7 @@ def expected(call: Call, q, k, v, d_out, d_lse):
   B, T, N, _ = q.shape
 
   @jax.jit
-  def run(q, k, v, given, d_out, d_lse):
+  def differentiate(q, k, v, given, d_out, d_lse):
     def f(q, k, v, bias, slopes, scores):
       total = scores if bias is None else scores + bias
       return oracle(call, q, k, v, given._replace(bias=total, alibi_slopes=slopes))
@@ -137,7 +137,8 @@ def expected(call: Call, q, k, v, d_out, d_lse):
     return *results, *pull((d_out, d_lse))
 
   with kit.double():
-    out, lse, *gradients, d_scores = run(*kit.to_double((q, k, v, call.given, d_out, d_lse)))
+    inputs = kit.to_double((q, k, v, call.given, d_out, d_lse))
+    out, lse, *gradients, d_scores = differentiate(*inputs)
     distance = np.abs(np.arange(T)[:, None] - np.arange(k.shape[1]))
     terms = (np.abs(np.asarray(d_scores)) * distance).sum()
   names = ("dq", "dk", "dv", "d_bias", "d_slopes")

@@ -147,14 +147,14 @@ def expected(problem: Problem) -> dict[str, Any]:
   """out, state and every gradient by the recurrence and automatic differentiation in float64."""
 
   @jax.jit
-  def run(x):
+  def differentiate(x):
     call = functools.partial(recurrence, settings=problem.settings)
     (out, state), pull = jax.vjp(call, x["q"], x["k"], x["v"], x["g"], x["state"])
     return out, state, pull((x["d_out"], x["d_state"]))
 
   inputs = problem.inputs()
   with kit.double():
-    return _named(*run(kit.to_double(inputs)))
+    return _named(*differentiate(kit.to_double(inputs)))
 
 
 def dq_terms(problem: Problem) -> float:
