@@ -12,6 +12,7 @@ import ast
 import functools
 import inspect
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -335,7 +336,10 @@ def test_notebooks_define_nothing(path):
 
 def fresh(code: str) -> str:
   """What a new interpreter prints."""
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  compiled_once = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # as a user's interpreter has it
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=compiled_once, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
