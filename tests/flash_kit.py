@@ -182,15 +182,21 @@ def run(kernel: Any, problem: Problem, inputs=None, *, traced: bool = False):
 
   settings = settings._replace(rule=bounded)
   blocks = kernel.blocks(*shapes)
-  forward = lambda visits: kernel.forward(q, k, v, extras, settings, visits)
-  out, lse = (jax.jit(forward) if traced else forward)(visited(blocks.forward))
+  known = (
+    visited(blocks.forward), visited(blocks.d_query), visited(blocks.d_key, by_key=True)
+  )  # fmt: skip
+
+  def both(x, *given):
+    forward, *backward = given or known
+    q, k, v, d_out, d_lse = (x[name] for name in ("q", "k", "v", "d_out", "d_lse"))
+    out, lse = kernel.forward(q, k, v, extras, settings, forward)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
+    safe = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    gradients = kernel.backward(q, k, v, d_out, safe, delta, extras, settings, *backward)
+    return out, lse, safe, delta, gradients
+
+  out, lse, safe, delta, gradients = jax.jit(both)(x, *(known if traced else ()))
   assert out.dtype == v.dtype and lse.dtype == jnp.float32
-  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
-  safe = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  backward = lambda *visits: kernel.backward(q, k, v, d_out, safe, delta, extras, settings, *visits)
-  gradients = (jax.jit(backward) if traced else backward)(
-    visited(blocks.d_query), visited(blocks.d_key, by_key=True)
-  )
   names = ("d_q", "d_k", "d_v", "d_bias", "d_alibi_slopes")
   found = {"out": out, "lse": lse} | dict(zip(names, gradients, strict=True))
   if problem.sinks is not None:

@@ -37,7 +37,7 @@ def test_sums_are_exact(name):
     kit.assert_close(f"prefix {i}", prefix[i], np.exp(g[: i + 1].sum(0)))
     kit.assert_close(f"suffix {i}", suffix[i], np.exp(g[i + 1 :].sum(0)))
   kit.assert_close("total", total[0], np.exp(g.sum(0)))
-  between = chunks.decay_between(jnp.asarray(g[:, :1], jnp.float32))
+  between = jax.jit(chunks.decay_between)(jnp.asarray(g[:, :1], jnp.float32))
   kit.assert_close("between", jnp.exp(between), np.exp(_between(g)[..., 0]))
 
 
@@ -48,8 +48,14 @@ def test_scores_per_channel_and_their_gradients(name):
   q, k = (kit.normal(next(make), C, 3) for _ in range(2))
   weights = np.exp(_between(g))
   expected = np.einsum("im,jm,ijm->ij", *(np.asarray(x, np.float64) for x in (q, k)), weights)
-  kit.assert_close("scores", chunks.decayed_scores(q, k, jnp.asarray(g, jnp.float32)), expected)
-  gradient = jax.grad(lambda q: chunks.decayed_scores(q, k, jnp.asarray(g, jnp.float32)).sum())(q)
+
+  def total(q, k, g):
+    scores = chunks.decayed_scores(q, k, g)
+    return scores.sum(), scores
+
+  run = jax.jit(jax.grad(total, has_aux=True))
+  gradient, scores = run(q, k, jnp.asarray(g, jnp.float32))
+  kit.assert_close("scores", scores, expected)
   kit.assert_close("dq", gradient, np.einsum("jm,ijm->im", np.asarray(k, np.float64), weights))
 
 

@@ -62,6 +62,7 @@ def test_everything_at_once(chip):
   mask = masks.causal(11) & masks.sliding_window(30) & masks.segments(ids[:, :70], ids)
   dropout = make_dropout(0.2, jax.random.key(1), 2, 4)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def run(implementation, q, k, v, extra):
     def loss(q, k, v, extra):
       out, lse = attend(
@@ -87,11 +88,11 @@ def test_an_empty_row_and_a_second_derivative(chip):
   case = _case(chip, B=1, T=40, S=40, N=2, K=2, H=32, h=32)
   q, k, v = case.inputs()
   mask = masks.causal(-5)
-  run = lambda q: attend(q, k, v, mask=mask, implementation=chip, return_residual=True)
+  run = jax.jit(lambda q: attend(q, k, v, mask=mask, implementation=chip, return_residual=True))
   out, lse = run(q)
   assert (np.asarray(out[:, :5], np.float32) == 0).all() and (lse[:, :5] == -np.inf).all()
   loss = lambda q: run(q)[0].astype(jnp.float32).sum()
-  gradient = jax.grad(loss)(q).astype(jnp.float32)
+  gradient = jax.jit(jax.grad(loss))(q).astype(jnp.float32)
   assert np.isfinite(gradient).all() and (gradient[:, :5] == 0).all()
   with pytest.raises(NotImplementedError, match="differentiable once"):
     jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum())(q)
@@ -140,7 +141,7 @@ def test_vmap_and_the_checks_of_shard_map(chip):
       out = run(q, k, v)
       return out.astype(jnp.float32).sum(), out
 
-    dq, out = jax.grad(loss, has_aux=True)(q)
+    dq, out = jax.jit(jax.grad(loss, has_aux=True))(q)
     return {"out": out, "dq": dq}
 
   kit.assert_trees_close(both(jax.vmap(one)), both(run), case.dtype)

@@ -104,7 +104,7 @@ def test_the_gradient_is_of_the_mean_over_scored_tokens():
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     return -picked[:, :8].mean()
 
-  value, grads = jax.value_and_grad(loss)(state.params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
   norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
   _, measured = learning.make_step(config, model)(state, batch)
   assert float(measured.loss_sum / measured.weight) == pytest.approx(float(value), rel=1e-5)

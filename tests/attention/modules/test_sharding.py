@@ -64,7 +64,7 @@ def test_the_boundary_gives_whole_sequences_of_some_heads():
 
   x, ids = kit.normal(jax.random.key(0), 4, 8, 4), jnp.arange(32.0).reshape(4, 8)
   loss = lambda x, ids, *specs: jnp.sin(sharding.boundary(mix, (x, ids), specs[:2], specs[2])).sum()
-  want, wanted = jax.value_and_grad(loss, (0, 1))(x, ids, None, None, None)
+  want, wanted = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, ids, None, None, None)
   with jax.set_mesh(mesh(data=2, tensor=2, sequence=2)):
     heads, tokens = sharding.spec("batch", None, "heads"), sharding.spec("batch")
     x, ids = jax.device_put(x, P("data", "sequence", "tensor")), jax.device_put(ids, P("data"))

@@ -406,12 +406,10 @@ def test_the_draw_of_a_feature_map_has_a_gradient():
   def loss(f, favor, q, k, v):
     return jnp.sum(jnp.sin(f(q, k, v, feature_map=favor, normalize=True)))
 
-  got = jax.grad(functools.partial(loss, functools.partial(linear_attention, chunk_size=8)))(
-    favor, q, k, v
-  )
+  gradient = lambda f: jax.jit(jax.grad(functools.partial(loss, f)))
+  got = gradient(functools.partial(linear_attention, chunk_size=8))(favor, q, k, v)
   with kit.double():
-    args = kit.to_double((favor, q, k, v))
-    want = jax.grad(functools.partial(loss, reference))(*args)
+    want = gradient(reference)(*kit.to_double((favor, q, k, v)))
   kit.assert_close("projection", got.projection, want.projection, factor=3)
 
 
@@ -444,8 +442,11 @@ def test_vmap_and_shard_map_change_nothing():
     return jnp.sum(jnp.sin(f(*args)))
 
   every = (0, 1, 2, 3, 4)
-  want, gradients = jax.value_and_grad(functools.partial(loss, f), every)(favor, q, k, v, g)
-  rows = jax.vmap(lambda q, k, v, g: f(favor, q[None], k[None], v[None], g[None])[0])(q, k, v, g)
+  want, gradients = jax.jit(jax.value_and_grad(functools.partial(loss, f), every))(
+    favor, q, k, v, g
+  )
+  one = lambda q, k, v, g: f(favor, q[None], k[None], v[None], g[None])[0]
+  rows = jax.jit(jax.vmap(one))(q, k, v, g)
   kit.assert_close("vmap", rows, f(favor, q, k, v, g))
   mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   spec = jax.P("data", None, "heads")

@@ -93,9 +93,9 @@ def test_gradients_by_name(case, implementation):
     ).sum()
 
   arrays = {"query": q, "key": k, "value": v, **extra}
-  actual = jax.grad(lambda x: loss(implementation, x))(arrays)
+  actual = jax.jit(jax.grad(functools.partial(loss, implementation)))(arrays)
   with kit.double():
-    expected = jax.grad(lambda x: loss("reference", x))(kit.to_double(arrays))
+    expected = jax.jit(jax.grad(functools.partial(loss, "reference")))(kit.to_double(arrays))
   # The slopes' gradient sums distances times terms that cancel over all pairs.
   kit.assert_close(
     "alibi_slopes", actual.pop("alibi_slopes"), expected.pop("alibi_slopes"), factor=10
@@ -117,7 +117,7 @@ def test_reference_gradients_are_its_finite_differences():
     arrays = kit.to_double(
       dict(zip(("query", "key", "value"), case.inputs(), strict=True), **extra)
     )
-    check_grads(f, (arrays,), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+    check_grads(jax.jit(f), (arrays,), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tiled"])
@@ -132,9 +132,9 @@ def test_bfloat16(implementation):
     out = dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     return (out.astype(jnp.float32) ** 2).sum() if out.dtype == jnp.bfloat16 else (out**2).sum()
 
-  actual = jax.grad(lambda x: loss(implementation, *x))(arrays)
+  actual = jax.jit(jax.grad(lambda x: loss(implementation, *x)))(arrays)
   with kit.double():
-    expected = jax.grad(lambda x: loss("reference", *x))(kit.to_double(arrays))
+    expected = jax.jit(jax.grad(lambda x: loss("reference", *x)))(kit.to_double(arrays))
   assert all(x.dtype == jnp.bfloat16 for x in actual)
   kit.assert_trees_close(actual, jax.tree.map(np.asarray, expected), "bfloat16", factor=2)
 
@@ -208,7 +208,7 @@ def test_empty_rows_are_zero_with_zero_gradients(implementation):
     )
     return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0.0).sum(), (out, lse)
 
-  (dq, dk, dv), (out, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+  (dq, dk, dv), (out, lse) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
   assert (out[:, :5] == 0).all() and (lse[:, :5] == -jnp.inf).all() and (dq[:, :5] == 0).all()
   assert all(np.isfinite(x).all() for x in (dq, dk, dv))
 
@@ -256,7 +256,7 @@ def test_second_derivatives_where_promised_and_a_reason_where_not():
 
   def second(implementation):
     first = jax.grad(lambda q: loss(implementation, q))
-    return jax.grad(lambda q: (first(q) ** 2).sum())(q)
+    return jax.jit(jax.grad(lambda q: (first(q) ** 2).sum()))(q)
 
   kit.assert_close("second", second("xla"), second("reference"), factor=5)
   with pytest.raises(NotImplementedError, match="differentiable once"):
