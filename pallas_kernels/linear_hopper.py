@@ -238,7 +238,8 @@ def backward(
     dq, dk, dg = linear_hopper_channel.unfade(whole, on_chip=on_chip)
     dg = dg[:, :T, :, :M]
   elif g is not None:
-    dg = linear_tiles.d_token(found.sums, fade.sum(-1))
+    row, read, column, write = (found.sums[:, :, :, i] for i in range(4))
+    dg = linear_tiles.d_token(row + read, column, write, fade.sum(-1))
     dg = dg.reshape(*dg.shape[:2], -1)[..., :T].swapaxes(1, 2)
     dg = dg.sum((0, 1)) if g.ndim == 1 else dg
   dq, dk, dv = (

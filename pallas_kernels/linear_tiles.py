@@ -96,19 +96,20 @@ def walk(fade: Array, add: Array, start: Array, *, reverse: bool = False) -> tup
   return before[:, :, ::-1] if reverse else before, z[:, :, -1]
 
 
-def d_token(parts: Array, fade: Array) -> Array:
+def d_token(read: Array, column: Array, write: Array, through: Array) -> Array:
   """The gradient of decays per token, `B N C CHUNK`. A pair's term belongs to every decay after its
   write up to and with its read.
 
   Args:
-    parts: `B N C 4 CHUNK`: for a read, its terms of the chunk's own writes and of the state that
-      enters; for a write, its terms of the chunk's own reads and of the state that leaves.
-    fade: `B N C`, what entered and leaves.
+    read: `B N C CHUNK`, the terms of all that a token reads, of the chunk's own writes and of the
+      state that enters.
+    column: the terms of what is read of a token's write inside of the chunk.
+    write: those of what is left of it in the state that leaves.
+    through: `B N C`, those of what entered and leaves.
   """
-  row, read, column, write = (parts[:, :, :, i] for i in range(4))
-  later = lax.cumsum(row + read - column, axis=3, reverse=True)
+  later = lax.cumsum(read - column, axis=3, reverse=True)
   before = lax.cumsum(write, axis=3) - write
-  return later + before + fade[..., None]
+  return later + before + through[..., None]
 
 
 def grouped(x: Array, heads: int) -> Array:

@@ -1,9 +1,9 @@
 """Linear attention on a TPU.
 
-A grid of (batch row, heads, chunk of 128 tokens in order); a step works on up to eight heads at
-once, four with decays per channel or heads wider than 128, whose chains of products and
-exponentials fill each other's waits. Heads that share one of q, k or v share its block. Per chunk
-and head:
+A grid of (batch row, heads, chunk of 128 tokens in order); a step works on up to sixteen heads at
+once, half as many for each of decays per channel, heads wider than 128 and float32, whose chains of
+products and exponentials fill each other's waits. Heads that share one of q, k or v share its
+block. Per chunk and head:
 
     P = (Q K^T) exp(decays between)         matrix unit, then vector unit; 0 above the diagonal
     out = P V + (Q exp(read)) S             matrix unit
@@ -45,7 +45,7 @@ from pallas_kernels.linear_tpu_tiles import CHUNK, Shape, heads, product
 
 __all__ = ["backward", "forward", "parts", "step", "unsupported"]
 
-HEADS = 8
+HEADS = 16
 """At most so many heads a step."""
 
 

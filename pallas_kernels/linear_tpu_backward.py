@@ -9,11 +9,14 @@ rows scaled, ' is with the decays put in, as in `linear_tpu`):
     dV = P^T D + K' dS          dfade = sum over h of S dS + z dz
     dS = fade dS + Q'^T D       dz = fade dz + sum of dweight Q'
 
-dq, dk and the gradient of the decays follow from dQ', dK', dP and dfade by JAX's own derivative of
-how decays are put in, taken while the kernel is traced. For decays per token the kernel leaves sums
-of W = dP P over rows and columns, of what was read and written, and of dfade; XLA adds them up
-along time. Everything that may cancel is float32. Up to four heads a step, two with decays per
-channel or wider heads.
+dq, dk and the gradient of the decays follow from dQ', dK', dP and dfade: for decays per channel by
+JAX's own derivative of how they are put in, taken while the kernel is traced; for decays per token
+by hand, and the kernel leaves sums of W = dP P, of what was read and written, and of dfade, which
+XLA adds up along time. Everything that may cancel is float32. Without a normalizer nothing is
+computed of it. Up to eight heads a step, fewer as forward.
+
+What binds is the unit that moves lanes: transposes, sums along lanes and columns made as wide as
+rows. So a column of sums becomes a row by a mask and a sum over rows, without a transpose.
 
 The floor is memory: 365 KiB per chunk and head of 128 in bfloat16 (both walks, and the states there
 and back), 553 with decays per channel. Cycles for that, and bundles of both walks per chunk and
@@ -50,10 +53,10 @@ from pallas_kernels.linear_tpu_tiles import (
   product,
 )
 
-HEADS = 4
+HEADS = 8
 """At most so many heads a step."""
 
-_ROW, _READ, _COLUMN, _WRITE, _TOTAL = range(5)
+_READ, _COLUMN, _WRITE, _TOTAL = range(4)
 """What the gradient of decays per token is made of, rows of a chunk."""
 
 
@@ -71,19 +74,19 @@ def backward(
   """(dq, dk, dv, dg, d_state)."""
   shape = linear_tpu_tiles.shape(q, k, v, g, HEADS)
   per_channel = g is not None and g.ndim == 4
-  scale, d_weight = settings.scale, 0.0
+  scale, weights = settings.scale, ()
   if normalized is not None:
-    scale, d_weight = normalized.inverse, -normalized.inverse * normalized.delta
+    scale, weights = None, (normalized.inverse, -normalized.inverse * normalized.delta)
   kv, z = linear_tpu_tiles.entering(state)
   arrays = (q, k, v, d_out.astype(v.dtype))
-  inputs, specs = linear_tpu_tiles.operands(shape, arrays, g, scale, d_weight, reverse=True)
+  inputs, specs = linear_tpu_tiles.operands(shape, arrays, g, *weights, reverse=True)
   states = _states(shape, inputs, (kv, z), v.dtype)
   saved = [shape.chunk(*x.shape[3:], reverse=True) for x in states]
   ends = [shape.head(*x.shape[2:]) for x in (kv, z)]
   outputs, out_specs = _outputs(shape, (q, k, v), per_channel)
   struct = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
   dq, dk, dv, dg, d_kv, d_z = pl.pallas_call(
-    functools.partial(_kernel, shape=shape),
+    functools.partial(_kernel, shape=shape, scale=scale),
     grid=shape.grid(),
     in_specs=[*specs, *saved, *ends],
     out_specs=[*out_specs, *ends],
@@ -123,7 +126,8 @@ def _d_decays(dg: Array, g: Array, T: int, shape: Shape) -> Array:
   """The gradient of the decays, from what the kernel left of it."""
   if g.ndim == 4:
     return heads(dg, T, g.shape[3], shape.N)
-  dg = linear_tiles.d_token(dg[:, :, :, :_TOTAL], dg[:, :, :, _TOTAL, 0])
+  read, column, write, total = (dg[:, :, :, i] for i in (_READ, _COLUMN, _WRITE, _TOTAL))
+  dg = linear_tiles.d_token(read, column, write, total[..., 0])
   dg = dg.reshape(*dg.shape[:2], -1)[..., :T].swapaxes(1, 2)
   return dg.sum((0, 1)) if g.ndim == 1 else dg
 
@@ -197,8 +201,10 @@ class _Gradients(NamedTuple):
   z: Array
 
 
-def _kernel(*refs, shape: Shape):
-  """One chunk of a step's heads, from the last to the first."""
+def _kernel(*refs, shape: Shape, scale: float | None):
+  """One chunk of a step's heads, from the last to the first. `scale` is of outputs, None where they
+  are normalized.
+  """
   *inputs, kv_ref, z_ref, d_kv_end_ref, d_z_end_ref = refs[:-6]
   *tokens_refs, d_kv_ref, d_z_ref = refs[-6:]
   q_ref, k_ref, v_ref, d_out_ref, numbers_ref, *g = inputs
@@ -213,7 +219,7 @@ def _kernel(*refs, shape: Shape):
   for n in range(shape.step):
     d_out = linear_tpu_tiles.columns(d_out_ref, n, 1, shape.h)
     after = _States(kv_ref[n], z_ref[n], d_kv_ref[n], d_z_ref[n])
-    found.append(_chunk(given, n, d_out, after, shape=shape))
+    found.append(_chunk(given, n, d_out, after, shape=shape, scale=scale))
   for n, one in enumerate(found):
     for ref, x in zip(tokens_refs, one[:4], strict=True):
       if ref.ndim == 3:
@@ -225,43 +231,81 @@ def _kernel(*refs, shape: Shape):
     d_z_ref[n] = one.z
 
 
-def _chunk(refs: Refs, n: int, d_out: Array, at: _States, *, shape: Shape) -> _Gradients:
+def _chunk(
+  refs: Refs, n: int, d_out: Array, at: _States, *, shape: Shape, scale: float | None
+) -> _Gradients:
   """Every gradient of a chunk."""
-  v, dtype = linear_tpu_chunk.values(refs, n, shape), refs.q.dtype
+  v, dtype, d_weight = linear_tpu_chunk.values(refs, n, shape), refs.q.dtype, None
   q, k = linear_tpu_chunk.queries(refs, n, shape), linear_tpu_chunk.keys(refs, n, shape)
-  decays = linear_tpu_chunk.decays(refs, n, shape)
-  make = functools.partial(linear_tpu_chunk.faded, dtype=dtype)
-  chunk, pull = jax.vjp(make, q, k, decays)
-  across = refs.numbers[n].T
-  d_weight = across[:, D_WEIGHT : D_WEIGHT + 1]
-  d_out = (d_out.astype(jnp.float32) * across[:, SCALE : SCALE + 1]).astype(dtype)
+  factor = 1.0 if scale is None else scale
+  if scale is None:
+    across = refs.numbers[n].T
+    factor, d_weight = (across[:, i : i + 1] for i in (SCALE, D_WEIGHT))
+  if scale != 1.0:
+    d_out = (d_out.astype(jnp.float32) * factor).astype(dtype)
   d_chunk = Faded(
-    q=product(d_out, at.kv, (1, 0), dtype) + d_weight * at.z,
-    k=product(v, at.d_kv, (1, 0), dtype) + at.d_z,
-    pairs=product(d_out, v, (1, 1), dtype) + d_weight,
-    fade=(at.kv.astype(jnp.float32) * at.d_kv).sum(0, keepdims=True) + at.z * at.d_z,
+    q=product(d_out, at.kv, (1, 0), dtype),
+    k=product(v, at.d_kv, (1, 0), dtype),
+    pairs=product(d_out, v, (1, 1), dtype),
+    fade=(at.kv.astype(jnp.float32) * at.d_kv).sum(0, keepdims=True),
   )
-  dq, dk, dg = pull(d_chunk)
+  d_z = at.d_z
+  if d_weight is not None:
+    more = Faded(d_weight * at.z, at.d_z, d_weight, at.z * at.d_z)
+    d_chunk = Faded(*(x + y for x, y in zip(d_chunk, more, strict=True)))
+  decays = linear_tpu_chunk.decays(refs, n, shape)
+  if isinstance(decays, Exponents):
+    chunk, dq, dk, dg = _by_token(q, k, decays, d_chunk, dtype)
+  else:
+    chunk, dq, dk, dg = _by_channel(q, k, decays, d_chunk, dtype)
+  if d_weight is not None:
+    d_z = d_z * chunk.fade + (chunk.q * d_weight).sum(0, keepdims=True)
   return _Gradients(
     dq,
     dk,
     product(chunk.pairs, d_out, (0, 0), dtype) + product(chunk.k, at.d_kv, (1, 1), dtype),
-    _parts(dg) if isinstance(dg, Exponents) else dg,
+    dg,
     at.d_kv * chunk.fade + product(d_out, chunk.q, (0, 0), dtype),
-    at.d_z * chunk.fade + (chunk.q * d_weight).sum(0, keepdims=True),
+    d_z,
   )
 
 
-def _parts(dg: Exponents) -> Array:
-  """Sums of the gradients of the exponents, `NUMBERS C`, whose running sums are the gradient of the
-  decays. Decays are in base 2: the gradient of a natural one is 1 / ln 2 as much.
+def _by_channel(
+  q: Array, k: Array, g: Array, d_chunk: Faded, dtype: Any
+) -> tuple[Faded, Array, Array, Array]:
+  """(the chunk with its decays put in, dq, dk, dg)."""
+  make = functools.partial(linear_tpu_chunk.faded, dtype=dtype)
+  chunk, pull = jax.vjp(make, q, k, g)
+  return chunk, *pull(d_chunk)
+
+
+def _by_token(
+  q: Array, k: Array, decays: Exponents, d_chunk: Faded, dtype: Any
+) -> tuple[Faded, Array, Array, Array]:
+  """The same, by hand; of the decays what `_parts` leaves."""
+  between, *rest = (jnp.exp2(x) for x in decays)
+  read, write, fade = (linear_tpu_tiles.along(x, q.shape[1]) for x in rest)
+  scores, d_scores = product(q, k, (1, 1), dtype), d_chunk.pairs * between
+  chunk = Faded(q * read, k * write, scores * between, fade)
+  dq = d_chunk.q * read + product(d_scores, k, (1, 0), dtype)
+  dk = d_chunk.k * write + product(d_scores, q, (0, 0), dtype)
+  reads, writes, through = d_chunk.q * chunk.q, d_chunk.k * chunk.k, d_chunk.fade * fade
+  return chunk, dq, dk, _parts(d_scores * scores, reads, writes, through)
+
+
+def _parts(pairs: Array, reads: Array, writes: Array, fade: Array) -> Array:
+  """Sums, `NUMBERS C`, whose running sums are the gradient of the decays: what every token reads,
+  what is read of it inside of the chunk and behind it, and what passes through.
   """
-  lane = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
-  tile = jnp.zeros((CHUNK, LANES), jnp.float32)
-  columns = {_ROW: dg.between.sum(1, keepdims=True), _READ: dg.read, _WRITE: dg.write}
-  for at, x in columns.items():
-    tile = jnp.where(lane == at, x, tile)
-  rows = tile.T[:NUMBERS]
-  at = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
-  rows = jnp.where(at == _COLUMN, dg.between.sum(0, keepdims=True), rows)
-  return jnp.where(at == _TOTAL, dg.total, rows) * linear_tiles.LOG2_E
+  folded = lambda x: functools.reduce(jnp.add, jnp.split(x, x.shape[1] // LANES, axis=1))
+  i, j = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
+  across = lambda x: jnp.where(i == j, x.sum(1, keepdims=True), 0.0).sum(0, keepdims=True)
+  at = lax.broadcasted_iota(jnp.int32, (NUMBERS, CHUNK), 0)
+  rows = jnp.broadcast_to(folded(fade).sum(1, keepdims=True), at.shape)
+  for row, x in {
+    _READ: across(pairs + folded(reads)),
+    _COLUMN: pairs.sum(0, keepdims=True),
+    _WRITE: across(folded(writes)),
+  }.items():
+    rows = jnp.where(at == row, x, rows)
+  return rows

@@ -98,13 +98,17 @@ class Shape(NamedTuple):
 
 
 def shape(q: Array, k: Array, v: Array, g: Array | None, most: int) -> Shape:
-  """Of a call, with at most so many heads a step, or half as many where one alone is much work."""
+  """Of a call, with at most so many heads a step; half as many for each thing that makes one head
+  more work, or the program would be long.
+  """
   N = max(q.shape[2], v.shape[2])
   ratios = (N // q.shape[2], N // k.shape[2], N // v.shape[2])
   whole = lambda x: -(-x // LANES) * LANES
   fits = lambda n: N % n == 0 and all(n % r == 0 or r % n == 0 for r in ratios)
-  heavy = g is not None and g.ndim == 4 or max(q.shape[3], v.shape[3]) > LANES
-  step = max(n for n in range(1, (most // 2 if heavy else most) + 1) if fits(n))
+  per_channel, wide = g is not None and g.ndim == 4, max(q.shape[3], v.shape[3]) > LANES
+  for more_work in (per_channel, wide, q.dtype == jnp.float32):
+    most //= 2 if more_work else 1
+  step = max(n for n in range(1, max(most, 1) + 1) if fits(n))
   chunks = -(-q.shape[1] // CHUNK)
   return Shape(q.shape[0], N, chunks, whole(q.shape[3]), whole(v.shape[3]), ratios, step)
 
@@ -199,35 +203,40 @@ class Exponents(NamedTuple):
   between: Array
   """From a write (column) to a read (row), `C C`, -inf above the diagonal."""
   read: Array
-  """`C 1`."""
+  """`C LANES`, every lane alike."""
   write: Array
-  """`C 1`."""
+  """Likewise."""
   total: Array
-  """`1 1`."""
+  """`1 LANES`."""
 
 
 def exponents(rows: Array) -> Exponents:
   """Of a chunk's numbers, `NUMBERS C`."""
-  at = lambda x, i: x[:, i : i + 1]
   across = rows.T
-  between = (at(across, HI) - rows[HI : HI + 1]) + (at(across, LO) - rows[LO : LO + 1])
+  spread = lambda i: jnp.broadcast_to(across[:, i : i + 1], (CHUNK, LANES))
+  read = spread(HI)
+  between = (read - rows[HI : HI + 1]) + (spread(LO) - rows[LO : LO + 1])
   i, j = (lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
   between = jnp.where(i >= j, between, -jnp.inf)
-  read = at(across, HI)
-  return Exponents(between, read, at(across, AFTER), read[CHUNK - 1 :])
+  return Exponents(between, read, spread(AFTER), read[CHUNK - 1 :])
+
+
+def along(x: Array, width: int) -> Array:
+  """Lanes that are all alike, as many as `width`."""
+  return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
 def faded(q: Array, k: Array, decays: Exponents, dtype: Any) -> Faded:
   """A chunk with decays per token; q and k in float32."""
   pairs = product(q, k, (1, 1), dtype) * jnp.exp2(decays.between)
   k, fade = written(k, decays)
-  return Faded(q * jnp.exp2(decays.read), k, pairs, fade)
+  return Faded(q * along(jnp.exp2(decays.read), q.shape[1]), k, pairs, fade)
 
 
 def written(k: Array, decays: Exponents) -> tuple[Array, Array]:
   """(keys as they write the state that leaves, its fading)."""
-  fade = jnp.broadcast_to(jnp.exp2(decays.total), (1, k.shape[1]))
-  return k * jnp.exp2(decays.write), fade
+  write, total = (along(jnp.exp2(x), k.shape[1]) for x in (decays.write, decays.total))
+  return k * write, total
 
 
 def compiler_params() -> Any:

@@ -59,8 +59,8 @@ def test_the_gradient_of_a_decay_is_what_crosses_it():
   pairs = np.tril(make.normal(size=(CHUNK, CHUNK)), -1)
   read, write, fade = make.normal(size=CHUNK), make.normal(size=CHUNK), make.normal()
   want = [pairs[l:, :l].sum() + read[l:].sum() + write[:l].sum() + fade for l in range(CHUNK)]
-  parts = jnp.asarray(np.stack([pairs.sum(1), read, pairs.sum(0), write]), jnp.float32)
-  got = linear_tiles.d_token(parts[None, None, None], jnp.full((1, 1, 1), fade, jnp.float32))
+  parts = (pairs.sum(1) + read, pairs.sum(0), write, np.asarray(fade))
+  got = linear_tiles.d_token(*(jnp.asarray(x, jnp.float32)[None, None, None] for x in parts))
   kit.assert_close("dg", got[0, 0, 0], want)
 
 

@@ -23,6 +23,8 @@ def test_exponents_keep_a_small_decay_after_a_large_one():
   assert np.isneginf(np.asarray(found.between)[np.triu_indices(128, 1)]).all()
   kit.assert_close("read", found.read[:, 0], running)
   kit.assert_close("write", found.write[64:, 0], (running[-1] - running)[64:])
+  spread = tiles.along(found.read, 256)
+  assert spread.shape == (128, 256) and (spread == found.read[:, :1]).all()
   kit.assert_close("total", found.total[0, 0], running[-1])
 
 
@@ -50,7 +52,7 @@ def test_products_have_their_gradients(contract):
 )
 def test_a_step_reads_the_heads_that_its_own_share(heads, step, blocks):
   """Every head of a step finds its own in the block of each array."""
-  q, k, v = (jax.ShapeDtypeStruct((1, 200, n, 64), jnp.float32) for n in heads)
+  q, k, v = (jax.ShapeDtypeStruct((1, 200, n, 64), jnp.bfloat16) for n in heads)
   shape = tiles.shape(q, k, v, None, 4)
   assert (shape.step, shape.chunks, shape.M) == (step, 2, 128)
   for ratio, block in zip(shape.ratios, blocks, strict=True):
@@ -59,3 +61,12 @@ def test_a_step_reads_the_heads_that_its_own_share(heads, step, blocks):
     for n in range(shape.N):
       first = spec.index_map(0, n // step, 0)[2] * block
       assert first + n % step // ratio == n // ratio
+
+
+def test_more_work_a_head_means_fewer_heads_a_step():
+  x = lambda width, dtype: jax.ShapeDtypeStruct((1, 200, 8, width), dtype)
+  g = jax.ShapeDtypeStruct((1, 200, 8, 64), jnp.float32)
+  step = lambda x, g: tiles.shape(x, x, x, g, 8).step
+  assert step(x(64, jnp.bfloat16), None) == 8
+  assert step(x(64, jnp.bfloat16), g) == step(x(64, jnp.float32), None) == 4
+  assert step(x(200, jnp.float32), g) == 1
