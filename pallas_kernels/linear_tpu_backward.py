@@ -15,8 +15,8 @@ by hand, and the kernel leaves sums of W = dP P, of what was read and written, a
 XLA adds up along time. Everything that may cancel is float32. Without a normalizer nothing is
 computed of it. Up to eight heads a step, fewer as forward.
 
-What binds is the unit that moves lanes: transposes, sums along lanes and columns made as wide as
-rows. So a column of sums becomes a row by a mask and a sum over rows, without a transpose.
+With decays per token what binds is the unit that moves lanes: transposes, sums along lanes, columns
+made as wide as rows. So a column of sums becomes a row by a mask and a sum over rows.
 
 The floor is memory: 365 KiB per chunk and head of 128 in bfloat16 (both walks, and the states there
 and back), 553 with decays per channel. Cycles for that, and bundles of both walks per chunk and
@@ -24,8 +24,8 @@ head, as in `linear_tpu`:
 
 |            | v5e, memory | v5e, bundles | v6e, memory | v6e, bundles |
 |------------|-------------|--------------|-------------|--------------|
-| token      | 685         | 1099         | 399         | 947          |
-| channel    | 1037        | 2347         | 604         | 2182         |
+| token      | 685         | 674          | 399         | 596          |
+| channel    | 1037        | 2146         | 604         | 1943         |
 """
 
 import functools
