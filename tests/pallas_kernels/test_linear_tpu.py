@@ -24,7 +24,7 @@ PROBLEMS = {
   "token, grouped, harsh": _problem(T=150, Nq=2, M=136, h=144, scale=0.3, harsh=True),
   "token, normalized, documents": _problem(T=140, B=2, normalize=True, document=50, harsh=True),
   "head, bfloat16, many heads": _problem(
-    T=130, Nq=8, K=2, Kv=8, M=64, h=48, decay="head", scale=0.5, dtype="bfloat16"
+    T=130, Nq=16, K=2, Kv=16, M=64, h=48, decay="head", scale=0.5, dtype="bfloat16"
   ),
   "none, normalized, one token": _problem(T=1, decay="none", normalize=True),
   "channel, normalized, documents": _problem(
