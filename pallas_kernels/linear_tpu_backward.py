@@ -235,10 +235,10 @@ def _chunk(
   refs: Refs, n: int, d_out: Array, at: _States, *, shape: Shape, scale: float | None
 ) -> _Gradients:
   """Every gradient of a chunk."""
-  v, dtype, d_weight = linear_tpu_chunk.values(refs, n, shape), refs.q.dtype, None
+  v, dtype = linear_tpu_chunk.values(refs, n, shape), refs.q.dtype
   q, k = linear_tpu_chunk.queries(refs, n, shape), linear_tpu_chunk.keys(refs, n, shape)
-  factor = 1.0 if scale is None else scale
-  if scale is None:
+  factor, d_weight = scale, None
+  if factor is None:
     across = refs.numbers[n].T
     factor, d_weight = (across[:, i : i + 1] for i in (SCALE, D_WEIGHT))
   if scale != 1.0:
