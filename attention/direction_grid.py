@@ -14,9 +14,11 @@ https://doi.org/10.1145/1008731.1008736, has fewer directions, of which none is 
 scan of all keys once these are more than 6 n^2.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -73,6 +75,7 @@ def add(grid: Grid, k: Float[Array, "*K 3"], index: Int[Array, ""], cells: int) 
   return Grid(jnp.where(better, score, grid.score), jnp.where(better, index, grid.index))
 
 
+@functools.partial(jax.jit, static_argnames="cells")
 def winners(
   q: Float[Array, "B T N 3"], k: Float[Array, "B T K 3"], *, cells: int
 ) -> Int[Array, "B T N"]:

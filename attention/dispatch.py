@@ -10,11 +10,15 @@ its own (`describe`, table).
 """
 
 import difflib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+from attention.types import Foreign
 
 
 class Implementation(NamedTuple):
@@ -55,6 +59,33 @@ def choose(name: str | None, implementations: Mapping[str, Implementation], call
       return name
   listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
   raise NotImplementedError(f"no implementation runs this call: {listed}")
+
+
+def run(name: str | None, implementations: Mapping[str, Implementation], call: Any) -> Any:
+  """Computes `call` by the implementation that `choose` names, as one program that is kept: outside
+  of `jax.jit` the next call like it compiles nothing.
+
+  No program is kept of what may change unseen, functions of the caller's (`Foreign`) and objects
+  that JAX does not know: a call that has one is computed an operation at a time.
+  """
+  compute = implementations[choose(name, implementations, call)].run
+  leaves, tree = jax.tree.flatten(call, is_leaf=lambda x: isinstance(x, Foreign))
+  if not all(isinstance(leaf, _ARRAY | _CONSTANT) for leaf in leaves):
+    return compute(call)
+  constants = tuple(None if isinstance(leaf, _ARRAY) else leaf for leaf in leaves)
+  arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAY)]
+  return _program(compute, tree, constants, arrays)
+
+
+_ARRAY = jax.Array | np.ndarray
+_CONSTANT = bool | int | float | str | np.generic
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _program(compute, tree, constants, arrays):
+  """`compute` of a call in parts: its constants, None where it has the next array."""
+  rest = iter(arrays)
+  return compute(jax.tree.unflatten(tree, [next(rest) if x is None else x for x in constants]))
 
 
 def refusals(implementations: Mapping[str, Implementation], call: Any) -> dict[str, str]:

@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from attention.types import Foreign
+
 
 @runtime_checkable
 class FeatureMap(Protocol):
@@ -66,6 +68,12 @@ class Plain:
     """The width that the function gives."""
     x = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.float32)
     return jax.eval_shape(self.function, x).shape[-1]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("function",))
+@dataclasses.dataclass(frozen=True)
+class Given(Plain, Foreign):
+  """Such a function of the caller's."""
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -301,4 +309,4 @@ def get(
       raise ValueError(f"feature_map must be one of {', '.join(_NAMES)}, got {feature_map!r}")
     case FeatureMap():
       return feature_map
-  return Plain(feature_map)
+  return Given(feature_map)

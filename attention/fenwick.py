@@ -9,6 +9,9 @@ halves that the bulk form of hard-max attention asks anyway (`hardmax_levels`): 
 The best key of all is among them; the second best is not if it shares a block with the best.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from attention import hardmax_levels
 
 
+@functools.partial(jax.jit, static_argnames="recent")
 def candidates(
   q: Float[Array, "B T N 2"], k: Float[Array, "B T K 2"], *, recent: int
 ) -> Int[Array, "B T N C"]:

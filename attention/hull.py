@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from attention import chips, kernels, li_chao, native, plane
-from attention.dispatch import Implementation, choose
+from attention import chips, dispatch, kernels, li_chao, native, plane
+from attention.dispatch import Implementation
 from pallas_kernels.hull import Inputs, Rules, Tree, score
 
 _TILE = 1024  # numbers that a TPU lays out together: of whole ones rows are made without a copy
@@ -152,7 +152,13 @@ def prefill(
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
-  return native.prefill(functools.partial(_step, implementation), state, q, k, v, lengths)
+  return native.prefill(_step_by(implementation), state, q, k, v, lengths)
+
+
+@functools.cache
+def _step_by(implementation: str | None) -> Callable[..., tuple[HullState, Array]]:
+  """`_step`, the same object for the same name: JAX keeps what it compiles by it."""
+  return functools.partial(_step, implementation)
 
 
 def step(
@@ -249,8 +255,7 @@ def _step(
     jnp.repeat(valid & (state.steps < state.capacity), k.shape[1]),
     q.reshape(-1, 2).astype(jnp.float32),
   )
-  form = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, (state, token))]
-  state, read = form.run((state, token))
+  state, read = dispatch.run(implementation, IMPLEMENTATIONS, (state, token))
   read = read[:, :-1] / jnp.maximum(read[:, -1:], 1.0)
   out = jnp.where(valid[:, None, None], read.reshape(B, q.shape[1], -1), 0.0).astype(v.dtype)
   length = state.length + valid.astype(jnp.int32)

@@ -38,6 +38,7 @@ import numpy as np
 
 from attention import parts
 from attention.parts import Part
+from attention.types import Foreign
 
 # A number a maker was given, or something computed from one: NumPy when it is static, JAX when it
 # is traced.
@@ -424,7 +425,7 @@ class FromArray(Mask):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FromFunction(Mask):
+class FromFunction(Mask, Foreign):
   """A function of positions; its blocks are always mixed."""
 
   function: Callable[[jax.Array, jax.Array], jax.Array] = _static()

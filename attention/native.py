@@ -12,9 +12,11 @@ rules keep it so, however large the arrays are (`tests/attention/test_hull.py` c
 On other chips every turn is a launch: nothing here is for them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -126,6 +128,7 @@ def entered(
   return lax.fori_loop(0, heads, one, unwritten(entries, 1)).written()
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def prefill[State](
   step: Callable[..., tuple[State, Array]],
   state: State,

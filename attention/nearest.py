@@ -133,6 +133,7 @@ def at_positions(
   return jnp.where((last >= 0)[..., None], v[rows, at, heads], 0)
 
 
+@jax.jit
 def _step(
   state: NearestState, q: Array, k: Array, v: Array, valid: Array
 ) -> tuple[NearestState, Array]:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import chips, hardmax_layers, hardmax_levels, masks, plane
-from attention.dispatch import Implementation, choose
+from attention import chips, dispatch, hardmax_layers, hardmax_levels, masks, plane
+from attention.dispatch import Implementation
 from attention.masks import Mask
 
 CROSSOVER = 2**13
@@ -90,7 +90,7 @@ def attend(
   dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
   q, k, v = (x.astype(dtype) for x in (q, k, v))
   call = Call(q, k, v, mask, top_k, scale)
-  index, lse = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  index, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)
   return softmax_over(q, k, v, index, lse, scale=scale)
 
 

@@ -31,6 +31,12 @@ AttentionFn = Callable[..., jax.Array]
 State = Any
 
 
+class Foreign:
+  """Holds a function of the caller's. What it reads may change, so no compiled program of it is
+  kept.
+  """
+
+
 class Cost(NamedTuple):
   """What one call of a mechanism costs: the numbers that reports plot beside what was measured."""
 

@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from attention import (
   direction_grid,
+  dispatch,
   explicit,
   fenwick,
   hardmax_bulk,
@@ -42,7 +43,7 @@ from attention import (
   retrieved,
   shapes,
 )
-from attention.dispatch import Implementation, choose
+from attention.dispatch import Implementation
 from attention.kv_cache import Cache as State
 from attention.kv_cache import append, make_cache
 from attention.masks import Mask
@@ -152,7 +153,7 @@ def hardmax_attention(
     NotImplementedError: the named implementation cannot run this call, with the reason.
   """
   call = describe(query, key, value, mask, ties=ties, is_causal=is_causal)
-  out, winners = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  out, winners = dispatch.run(implementation, IMPLEMENTATIONS, call)
   # Winners whose scores are 0 and -0 tie: whose score it is must not show.
   winners = winners._replace(score=jnp.where(winners.score == 0, 0.0, winners.score))
   if straight_through is not None:
@@ -543,16 +544,21 @@ def step(
   slots = jnp.arange(S, dtype=jnp.int32)[None, None, None]
   score = jnp.where(slots < state.length[:, None, None, None], score, -jnp.inf)
   tied = (score == score.max(-1, keepdims=True)) & (score > -jnp.inf)
+  return state, _read(tied, state.value, ties).reshape(B, N, -1).astype(v.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _read(tied: jax.Array, value: jax.Array, ties: str) -> jax.Array:
+  """The values `B K G h` of the slots that are tied, `B K G S`; `value` is the cache, `B S K h`."""
+  slots, value = jnp.arange(tied.shape[3], dtype=jnp.int32), value.swapaxes(1, 2)
   last, count = jnp.where(tied, slots, 0).max(-1), tied.sum(-1, dtype=jnp.int32)
-  value = state.value.swapaxes(1, 2)
   read = lambda: jnp.take_along_axis(value[:, :, None], last[..., None, None], axis=3)[:, :, :, 0]
 
   def average():
     total = jnp.einsum("bkgs,bksh->bkgh", tied.astype(value.dtype), value, precision="highest")
     return total / jnp.maximum(count, 1)[..., None].astype(value.dtype)
 
-  alone = ties == "latest" or (count <= 1).all()
-  return state, jax.lax.cond(alone, read, average).reshape(B, N, -1).astype(v.dtype)
+  return jax.lax.cond(ties == "latest" or (count <= 1).all(), read, average)
 
 
 def cost(

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import context_parallel, explicit, feature_maps, linear_kernels, loops
+from attention import context_parallel, dispatch, explicit, feature_maps, linear_kernels, loops
 from attention.chunk_scan import (
   Rule,
   State,
@@ -58,7 +58,7 @@ from attention.chunk_scan import (
   sum_dtype,
 )
 from attention.context_parallel import TimeAxis
-from attention.dispatch import Implementation, choose
+from attention.dispatch import Implementation
 from attention.feature_maps import FeatureMap
 from attention.linear_call import DEFAULT_CHUNK, Call, describe
 from attention.linear_kernels import Token
@@ -139,12 +139,12 @@ def linear_attention(
 
 
 def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
-  run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run
+  name = dispatch.choose(implementation, IMPLEMENTATIONS, call)
   if call.time_axis is not None and call.positions is None:
     T = call.q.shape[1]
     at = lax.axis_index(call.time_axis.name) * T + jnp.arange(T, dtype=jnp.int32)
     call = call._replace(positions=at[None])
-  return run(call)
+  return dispatch.run(name, IMPLEMENTATIONS, call)
 
 
 def chunked(call: Call) -> tuple[Output, State]:
@@ -485,7 +485,7 @@ def step(
   queries = phi(q.astype(dtype)[:, None], positions=at, is_query=True)[:, 0]
   scale = 1.0 if scale is None else scale
   token = Token(queries, keys, v, log_decay, state.kv, state.z, scale, normalize)
-  out, kv, z = STEPS[choose(implementation, STEPS, token)].run(token)
+  out, kv, z = dispatch.run(implementation, STEPS, token)
   return DecodeState(kv, z, state.position + 1), out.astype(v.dtype)
 
 

@@ -32,8 +32,8 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from attention import chunk_scan, explicit, kernels, loops
-from attention.dispatch import Implementation, choose
+from attention import chunk_scan, dispatch, explicit, kernels, loops
+from attention.dispatch import Implementation
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
 CHUNK = 128
@@ -93,7 +93,7 @@ def linear_scan(
 
 
 def _run(call: Call, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
-  return IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  return dispatch.run(implementation, IMPLEMENTATIONS, call)
 
 
 def describe(

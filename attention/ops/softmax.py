@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attention import cudnn, explicit, flash, masks, scores, shapes, tiled
-from attention.dispatch import Implementation, choose
+from attention import cudnn, dispatch, explicit, flash, masks, scores, shapes, tiled
+from attention.dispatch import Implementation
 from attention.dropout import Dropout, kept_array
 from attention.masks import Mask
 from attention.scores import Modifiers
@@ -158,7 +158,7 @@ def dot_product_attention(
     local_window_size=local_window_size, logit_cap=logit_cap, sinks=sinks,
     alibi_slopes=alibi_slopes, dropout=dropout, return_residual=return_residual,
   )  # fmt: skip
-  out, lse = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  out, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)
   out = out[0] if query.ndim == 3 else out
   if not return_residual:
     return out

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention import explicit, masks, shapes
-from attention.dispatch import Implementation, choose
+from attention import dispatch, explicit, masks, shapes
+from attention.dispatch import Implementation
 from attention.gumbel import gumbel
 from attention.kv_cache import Cache as State
 from attention.kv_cache import append, make_cache
@@ -138,7 +138,7 @@ def stochastic_attention(
     query, key, value, mask, noise=noise, temperature=temperature, scale=scale,
     is_causal=is_causal, positions=positions,
   )  # fmt: skip
-  out, draws = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, call)].run(call)
+  out, draws = dispatch.run(implementation, IMPLEMENTATIONS, call)
   out = out.astype(value.dtype)
   return (out, draws) if return_draws else out
 

@@ -2,13 +2,27 @@
 said.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from attention import dispatch, dot_product_attention, explain
+import kit
+from attention import (
+  dispatch,
+  dot_product_attention,
+  explain,
+  from_function,
+  hardmax_attention,
+  linear_attention,
+  linear_scan,
+  segments,
+)
 from attention.dispatch import Implementation
 
+IDS = np.repeat([[0, 1], [2, 3]], [13, 20], axis=1).astype(np.int32)
 TABLE = {
   "fast": Implementation(lambda call: "fast", lambda call: "it is odd" if call % 2 else None),
   "slow": Implementation(lambda call: "slow", lambda call: "it is 7" if call == 7 else None),
@@ -55,3 +69,40 @@ def test_explain_raises_what_the_call_would():
   x, y = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 4, 2, 9))
   with pytest.raises(ValueError, match="head width"):
     explain(dot_product_attention, x, y, y)
+
+
+@pytest.mark.parametrize(
+  "attend",
+  [
+    functools.partial(dot_product_attention, is_causal=True, implementation="tiled"),
+    functools.partial(dot_product_attention, mask=segments(IDS), implementation="tiled"),
+    linear_attention,
+    hardmax_attention,
+    lambda q, k, v: linear_scan(v[:, :, 0], -(k[:, :, 0] ** 2)),
+  ],
+  ids=["tiled", "numpy", "linear", "hardmax", "linear_scan"],
+)
+def test_outside_of_jit_a_call_like_one_before_compiles_nothing(attend, caplog):
+  """Loops had been compiled anew by every call: half a second of each."""
+  q, k, v = kit.Case(K=4).inputs()
+  gradient = jax.grad(lambda q, k, v: attend(q, k, v).sum(), argnums=(0, 1, 2))
+  first = attend(q, k, v), gradient(q, k, v)
+  q, k, v = (x * 1.5 for x in (q, k, v))
+  with jax.log_compiles():
+    second = attend(q, k, v), gradient(q, k, v)
+  assert not [text for text in caplog.messages if text.startswith("Compiling")]
+  assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+
+
+def test_what_a_function_of_the_caller_reads_may_change():
+  q, k, v = kit.Case().inputs()
+  weight, width = [1.0], [3]
+  phi = lambda x: jax.nn.relu(x) * weight[0]
+  window = from_function(lambda q, k: abs(q - k) < width[0])
+  before = linear_attention(q, k, v, feature_map=phi), dot_product_attention(q, k, v, mask=window)
+  weight[0], width[0] = 2.0, 5
+  after = linear_attention(q, k, v, feature_map=phi), dot_product_attention(q, k, v, mask=window)
+  kit.assert_close("a feature map", after[0], before[0] * 4)
+  fresh = from_function(lambda q, k: abs(q - k) < 5)
+  kit.assert_same("a mask", after[1], dot_product_attention(q, k, v, mask=fresh))
+  assert np.any(np.asarray(before[1]) != np.asarray(after[1]))
