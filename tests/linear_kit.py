@@ -47,41 +47,44 @@ class Problem(NamedTuple):
     return Settings(self.scale, self.normalize)
 
   def inputs(self) -> dict[str, Any]:
-    """q, k, v, g, the state that enters, and the gradients that come back, by name."""
+    """q, k, v, g, the state that enters, and the gradients that come back, by name.
+
+    NumPy makes them: in JAX every operation and shape would be a program.
+    """
     make = kit.keys(5)
-    normal = lambda *shape: jax.random.normal(next(make), shape)
+    normal = lambda *shape: np.asarray(kit.normal(next(make), *shape))
     q = normal(self.B, self.T, self.Nq, self.M) * self.M**-0.5
     k, v = normal(self.B, self.T, self.K, self.M), normal(self.B, self.T, self.Kv, self.h)
     if self.harsh:
-      k = jnp.broadcast_to(k[:, :1], k.shape) + 0.01 * k
+      k = k[:, :1] + 0.01 * k
     if self.normalize:
-      q, k = jnp.abs(q), jnp.abs(k)
+      q, k = np.abs(q), np.abs(k)
     state = State(normal(self.B, self.N, self.M, self.h), None)
     d_state = State(normal(self.B, self.N, self.M, self.h), None)
     if self.normalize:
-      state = state._replace(z=jnp.abs(normal(self.B, self.N, self.M)))
+      state = state._replace(z=np.abs(normal(self.B, self.N, self.M)))
       d_state = d_state._replace(z=normal(self.B, self.N, self.M))
-    q, k, v = (x.astype(self.dtype) for x in (q, k, v))
-    d_out = normal(self.B, self.T, self.N, self.h).astype(self.dtype)
+    d_out = normal(self.B, self.T, self.N, self.h)
+    q, k, v, d_out = (x.astype(jnp.dtype(self.dtype)) for x in (q, k, v, d_out))
     g = self._decays(next(make))
-    return {"q": q, "k": k, "v": v, "g": g, "state": state, "d_out": d_out, "d_state": d_state}
+    named = {"q": q, "k": k, "v": v, "g": g, "state": state, "d_out": d_out, "d_state": d_state}
+    return jax.device_put(named)
 
-  def _decays(self, key: jax.Array) -> jax.Array | None:
+  def _decays(self, key: jax.Array) -> np.ndarray | None:
     B, T, N = self.B, self.T, self.N
     shapes = {"none": None, "head": (N,), "token": (B, T, N), "channel": (B, T, N, self.M)}
     shape = shapes[self.decay]
     if shape is None:
       return None
-    g = jax.nn.log_sigmoid(jax.random.normal(key, shape)) / 8
+    g = -np.logaddexp(0, -np.asarray(kit.normal(key, *shape))) / 8
     if self.harsh:
-      choices = jnp.array([0.0, -1e-3, -30.0, linear.FORGET])
-      g = jnp.where(
-        jax.random.bernoulli(key, 0.3, shape), jax.random.choice(key, choices, shape), g
-      )
+      choices = np.array([0.0, -1e-3, -30.0, linear.FORGET], np.float32)
+      change = jax.random.bernoulli(key, 0.3, shape), jax.random.choice(key, choices, shape)
+      g = np.where(*map(np.asarray, change), g)
     if self.document and len(shape) > 1:
       begins = (np.arange(T) % self.document == 0) & (np.arange(T) > 0)
       begins = begins.reshape((1, T) + (1,) * (len(shape) - 2))
-      g = jnp.where(begins, linear.FORGET, g)
+      g = np.where(begins, np.float32(linear.FORGET), g)
     return g
 
 
@@ -108,6 +111,7 @@ def problems(draw: st.DrawFn, *, longest: int, dtype: str) -> Problem:
   )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames=("settings", "hold"))
 def recurrence(
   q, k, v, g, state: State, settings: Settings, *, hold: bool = False
 ) -> tuple[jax.Array, State]:

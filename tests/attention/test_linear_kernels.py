@@ -72,7 +72,7 @@ def chip(request, monkeypatch):
 def tokens():
   """q, k, v, a decay per token, a state."""
   make = kit.keys(0)
-  normal = lambda *shape: jax.random.normal(next(make), shape)
+  normal = lambda *shape: kit.normal(next(make), *shape)
   q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, h)
   state = linear.State(normal(B, N, H, h), jnp.abs(normal(B, N, H)))
   return q, k, v, -jnp.abs(normal(B, T, N)), state
@@ -105,6 +105,15 @@ IN_PARTS = [("documents", "head"), ("documents backward", "token"), ("normalized
 )
 def test_every_result_by_name(chip, way, decay):
   """Output, state and gradients of every direction, padding and document, with harsh decays."""
+  kit.assert_trees_close(
+    _results(chip, way, decay),
+    _results("chunked", way, decay),
+    factor=4,  # two float32 results beside each other, both ways by subtraction of a token's own
+  )
+
+
+@functools.cache
+def _results(implementation, way, decay):
   options = dict(WAYS[way])
   q, k, v, g, state = tokens()
   g = g.at[:, 3].set(-1e4).at[:, 4].set(0.0)
@@ -116,21 +125,14 @@ def test_every_result_by_name(chip, way, decay):
   inputs = {"q": q, "k": k, "v": v} | ({"log_decay": g} if g is not None else {})
   inputs |= {"initial_state": state} if stateful else {}
 
-  def run(implementation, inputs):
-    def loss(inputs):
-      found = linear_attention(
-        **inputs, **options, return_state=stateful, implementation=implementation
-      )
-      return sum(jnp.sin(x).sum() for x in jax.tree.leaves(found)), found
+  def loss(inputs):
+    found = linear_attention(
+      **inputs, **options, return_state=stateful, implementation=implementation
+    )
+    return sum(jnp.sin(x).sum() for x in jax.tree.leaves(found)), found
 
-    (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(inputs)
-    return found, gradients
-
-  kit.assert_trees_close(
-    jax.jit(functools.partial(run, chip))(inputs),
-    jax.jit(functools.partial(run, "chunked"))(inputs),
-    factor=4,  # two float32 results beside each other, both ways by subtraction of a token's own
-  )
+  (_, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+  return found, gradients
 
 
 def test_a_second_derivative_and_a_wide_head_are_refused(chip):

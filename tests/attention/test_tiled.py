@@ -206,22 +206,26 @@ def test_memory_grows_as_the_length(backward):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 4), (3, 4)])
 def test_part_by_part_equals_all_at_once(how, shape):
   """Rows of the batch or heads one after the other; a bias that they share and one of each."""
+  kit.assert_trees_close(_in_parts(shape, **how), _in_parts(shape))
+
+
+@functools.cache
+def _in_parts(shape, **how):
+  """Every result of a call by name, with a bias of that shape, cut up as `how` says."""
   q, k, v = kit.Case(B=3, T=40, S=40).inputs()
   make = kit.keys(7)
   bias = kit.normal(next(make), *shape, 40, 40)
   slopes, sinks = jnp.array([0.1, 0.2, 0.3, 0.4]), kit.normal(next(make), 4)
-  names = ("dq", "dk", "dv", "dbias", "dslopes", "dsinks")
+  names = ("dq", "dk", "dv", "dbias", "dslopes", "dsinks", "out", "lse")
 
-  def run(cut):
-    def loss(q, k, v, bias, slopes, sinks):
-      out, lse = _attend(q, k, v, masks.causal(), cut, Modifiers(bias, slopes), sinks)
-      return jnp.sin(out).sum() + lse.sum(), (out, lse)
+  def loss(q, k, v, bias, slopes, sinks):
+    cut = _cut(q, k, 16, **how)
+    out, lse = _attend(q, k, v, masks.causal(), cut, Modifiers(bias, slopes), sinks)
+    return jnp.sin(out).sum() + lse.sum(), (out, lse)
 
-    gradients = jax.jit(jax.grad(loss, argnums=tuple(range(6)), has_aux=True))
-    values, aux = gradients(q, k, v, bias, slopes, sinks)
-    return dict(zip((*names, "out", "lse"), (*values, *aux), strict=True))
-
-  kit.assert_trees_close(run(_cut(q, k, 16, **how)), run(_cut(q, k, 16)))
+  gradients = jax.jit(jax.grad(loss, argnums=tuple(range(6)), has_aux=True))
+  values, aux = gradients(q, k, v, bias, slopes, sinks)
+  return dict(zip(names, (*values, *aux), strict=True))
 
 
 @pytest.mark.parametrize("axis", ["data", "heads"])

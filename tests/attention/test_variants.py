@@ -69,7 +69,7 @@ def _slice(tree, index):
 
 @pytest.mark.parametrize(
   ("spec", "T"),
-  [(spec, T) for spec in SPECS for T in ((1, 63, 200) if spec in PATHS else (150,))],
+  [(spec, T) for spec in SPECS for T in ((1, 200) if spec in PATHS else (150,))],
 )
 def test_forward_and_gradients_equal_the_reference(spec, T):
   case = _case(spec, T=T, S=T, N=4, K=2, H=8, h=12)
@@ -97,8 +97,7 @@ def test_forward_and_gradients_equal_the_reference(spec, T):
 
 @each
 def test_bfloat16(spec):
-  case = kit.Case(T=65, S=65, H=16, h=16)
-  q, k, v, extra = _inputs(spec, case)
+  q, k, v, extra = _inputs(spec, kit.Case(T=150, S=150))
   q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
   out = _attend(spec)(q, k, v, **extra)
   assert out.dtype == jnp.bfloat16

@@ -27,21 +27,27 @@ def test_states_before_every_chunk(reverse):
   first token.
   """
   make, C = kit.keys(), 3
-  normal = lambda *shape: jax.random.normal(next(make), shape)
-  k, v = (normal(1, C * CHUNK, 1, 64).astype(jnp.bfloat16) for _ in range(2))
-  g = -jax.random.uniform(next(make), (1, 1, C, CHUNK)) / 16
-  sums = linear_tiles.sums(g)
-  numbers = jnp.stack([*sums[:4], *[jnp.zeros_like(g)] * 2], 3)
-  fade, start = jnp.broadcast_to(sums.fade[..., None], (1, 1, C, 64)), normal(1, 1, 64, 64)
+  normal = lambda *shape, **dtype: kit.normal(next(make), *shape, **dtype)
+  k, v = (normal(1, C * CHUNK, 1, 64, dtype="bfloat16") for _ in range(2))
+  g = np.random.default_rng(0).uniform(-1 / 16, 0, (1, 1, C, CHUNK)).astype(np.float32)
+  start = normal(1, 1, 64, 64)
+
+  @jax.jit
+  def walk(k, v, g, start):
+    sums = linear_tiles.sums(g)
+    numbers = jnp.stack([*sums[:4], *[jnp.zeros_like(g)] * 2], 3)
+    fade = jnp.broadcast_to(sums.fade[..., None], (1, 1, C, 64))
+    inputs = Inputs(None, (k,), (v,), numbers, fade, None, start)
+    return linear_hopper_walk.walk(inputs, reverse=reverse, on_chip=False)
+
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    found = linear_hopper_walk.walk(
-      Inputs(None, (k,), (v,), numbers, fade, None, start), reverse=reverse, on_chip=False
-    )
-  state, total = np.asarray(start[0, 0], np.float64), np.cumsum(np.asarray(g[0, 0], np.float64), 1)
+    found = jax.device_get(walk(k, v, g, start))
+  start, k, v = (np.asarray(x, np.float64) for x in (start, k, v))
+  state, total = start[0, 0], np.cumsum(np.asarray(g[0, 0], np.float64), 1)
   for c in reversed(range(C)) if reverse else range(C):
     kit.assert_close(f"before {c}", found.states[0][0, 0, c], state, "bfloat16")
     weight = np.exp2(total[c] if reverse else total[c, -1] - total[c])[:, None]
     rows = slice(c * CHUNK, (c + 1) * CHUNK)
-    k_c, v_c = (np.asarray(x[0, rows, 0], np.float64) for x in (k, v))
+    k_c, v_c = (x[0, rows, 0] for x in (k, v))
     state = np.exp2(total[c, -1]) * state + k_c.T @ (weight * v_c)
   kit.assert_close("last", found.last[0, 0], state, "bfloat16")

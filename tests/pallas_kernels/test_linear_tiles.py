@@ -31,9 +31,10 @@ def test_a_running_sum_in_two_floats_has_the_digits_of_small_decays_behind_large
 
 
 def test_sums_of_a_chunk():
-  g = linear_tiles.per_token(_decays()[0, :, 0].T[None, :50], 1, 50, 2)
+  g = np.asarray(_decays())[0, :, 0].T[None, :50]
+  g = jax.jit(linear_tiles.per_token, static_argnums=(1, 2, 3))(g, 1, 50, 2)
   assert g.shape == (1, 2, 1, CHUNK) and not np.asarray(g[..., 50:]).any()
-  found, exact = linear_tiles.sums(g), np.asarray(g, np.float64)
+  found, exact = jax.jit(linear_tiles.sums)(g), np.asarray(g, np.float64)
   total = np.cumsum(exact, -1)
   kit.assert_close("read", found.read, np.exp2(total))
   kit.assert_close("write", found.write, np.exp2(total[..., -1:] - total))
