@@ -74,25 +74,31 @@ def test_any_mask_forward_and_backward(left, right, either, inverted, how):
   mask = left | right if either else left & right
   mask = ~mask if inverted else mask
   q, k, v = kit.Case(T=_LENGTH, S=_LENGTH).inputs()
-  cut = _cut(q, k, 16, **how)
+  got = _results(lambda q, k, v: _attend(q, k, v, mask, _cut(q, k, 16, **how)), q, k, v)
+  kit.assert_trees_close(got, _reference(q, k, v, mask.as_array(_LENGTH, _LENGTH)))
 
-  def loss(implementation, q, k, v):
-    if implementation == "tiled":
-      out, lse = _attend(q, k, v, mask, cut)
-      lse = lse.swapaxes(1, 2)
-    else:
-      out, lse = dot_product_attention(
-        q, k, v, mask=mask, implementation="reference", return_residual=True
-      )
+
+def _results(attend, q, k, v):
+  """Output, log-sum-exp and every gradient, by name."""
+
+  def loss(q, k, v):
+    out, lse = attend(q, k, v)
     total = (out * jnp.cos(out)).sum() + jnp.where(jnp.isfinite(lse), lse, 0.0).sum()
     return total, {"out": out, "lse": lse}
 
-  def run(implementation):
-    f = jax.value_and_grad(lambda *x: loss(implementation, *x), argnums=(0, 1, 2), has_aux=True)
-    (_, aux), gradients = jax.jit(f)(q, k, v)
-    return aux, dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+  gradients, aux = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  return aux, dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
-  kit.assert_trees_close(run("tiled"), run("reference"))
+
+@jax.jit
+def _reference(q, k, v, mask):
+  def attend(q, k, v):
+    out, lse = dot_product_attention(
+      q, k, v, mask=mask, implementation="reference", return_residual=True
+    )
+    return out, lse.swapaxes(1, 2)
+
+  return _results(attend, q, k, v)
 
 
 @pytest.mark.parametrize("block", [8, 16, 40, 512])

@@ -32,7 +32,7 @@ PROBLEMS = {
     T=65, Nq=1, K=1, Kv=1, M=200, h=250, decay="none", normalize=True
   ),
   "channel, normalized, harsh, grouped, documents": _problem(
-    T=130, M=100, h=96, K=1, Kv=1, decay="channel", document=50, normalize=True, harsh=True
+    T=70, M=100, h=96, K=1, Kv=1, decay="channel", document=50, normalize=True, harsh=True
   ),
   "token, normalized, harsh, float32": _problem(
     T=70, Nq=1, K=1, Kv=1, normalize=True, harsh=True, dtype="float32"
