@@ -74,7 +74,7 @@ def run(name: str | None, implementations: Mapping[str, Implementation], call: A
     return compute(call)
   constants = tuple(None if isinstance(leaf, _ARRAY) else leaf for leaf in leaves)
   arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAY)]
-  return _program(compute, tree, constants, arrays)
+  return _attention(compute, tree, constants, arrays)
 
 
 _ARRAY = jax.Array | np.ndarray
@@ -82,8 +82,10 @@ _CONSTANT = bool | int | float | str | np.generic
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _program(compute, tree, constants, arrays):
-  """`compute` of a call in parts: its constants, None where it has the next array."""
+def _attention(compute, tree, constants, arrays):
+  """`compute` of a call in parts: its constants, None where it has the next array. Profiles show
+  this name.
+  """
   rest = iter(arrays)
   return compute(jax.tree.unflatten(tree, [next(rest) if x is None else x for x in constants]))
 
