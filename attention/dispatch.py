@@ -5,8 +5,8 @@ An ops file with more than one implementation holds a table `IMPLEMENTATIONS`, t
 function `describe` with the op's signature that checks the arguments and returns the call as data.
 Each implementation says of a call what keeps it from running it *forward and backward*, or None.
 `implementation=None` takes the first that has no objection; a named one runs or raises: it never
-falls back. Where a file has a second op of several implementations, `OTHER_OPS` maps its name to
-its own (`describe`, table).
+falls back. What was chosen is computed by `run`, as one program. Where a file has a second op of
+several implementations, `OTHER_OPS` maps its name to its own (`describe`, table).
 """
 
 import difflib

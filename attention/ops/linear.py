@@ -139,7 +139,7 @@ def linear_attention(
 
 
 def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
-  name = dispatch.choose(implementation, IMPLEMENTATIONS, call)
+  name = dispatch.choose(implementation, IMPLEMENTATIONS, call)  # refuses before an axis is read
   if call.time_axis is not None and call.positions is None:
     T = call.q.shape[1]
     at = lax.axis_index(call.time_axis.name) * T + jnp.arange(T, dtype=jnp.int32)

@@ -94,6 +94,14 @@ def test_outside_of_jit_a_call_like_one_before_compiles_nothing(attend, caplog):
   assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["as it is", "jit"])
+def test_a_mask_of_numpy_arrays_is_that_of_jax_arrays(jit):
+  q, k, v = kit.Case().inputs()
+  run = jit(functools.partial(dot_product_attention, implementation="tiled"))
+  out, want = (run(q, k, v, mask=segments(ids)) for ids in (IDS, jnp.asarray(IDS)))
+  kit.assert_same("out", out, want)
+
+
 def test_what_a_function_of_the_caller_reads_may_change():
   q, k, v = kit.Case().inputs()
   weight, width = [1.0], [3]
