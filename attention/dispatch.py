@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attention.types import Foreign
@@ -71,7 +72,7 @@ def run(name: str | None, implementations: Mapping[str, Implementation], call: A
   compute = implementations[choose(name, implementations, call)].run
   leaves, tree = jax.tree.flatten(call, is_leaf=lambda x: isinstance(x, Foreign))
   if not all(isinstance(leaf, _ARRAY | _CONSTANT) for leaf in leaves):
-    return compute(call)
+    return compute(jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, _ARRAY) else x, call))
   constants = tuple(None if isinstance(leaf, _ARRAY) else leaf for leaf in leaves)
   arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAY)]
   return _attention(compute, tree, constants, arrays)

@@ -34,7 +34,7 @@ def make_dropout(rate: float, key: Array, batch: int, num_heads: int) -> Dropout
   """
   if not 0.0 <= rate < 1.0:
     raise ValueError(f"dropout rate must be in [0, 1), not {rate}")
-  return Dropout(rate, jax.random.bits(key, (batch, num_heads)).view(jnp.int32))
+  return Dropout(rate, jax.random.bits(key, (batch, num_heads), jnp.uint32).view(jnp.int32))
 
 
 def keep(

@@ -2,7 +2,7 @@
 
 A mask is made from a few words and combined with `&`, `|` and `~`:
 
-    causal()            sliding_window(2)     segments([0,0,1,1])   prefix(2) | causal()
+    causal()            sliding_window(2)     segments(0 0 1 1)     prefix(2) | causal()
     #...                #...                  ##..                  ##..
     ##..                ##..                  ##..                  ##..
     ###.                ###.                  ..##                  ###.
@@ -29,8 +29,8 @@ ids, lengths) may be traced and may differ by batch row.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,9 @@ class Block(NamedTuple):
 class Mask:
   """Which query positions may attend to which key positions. Frozen; combine with `&`, `|`, `~`."""
 
+  AXES: ClassVar[Mapping[str, str]] = {}
+  """Of each array of the mask; behind # an axis may be 1."""
+
   def block(self, q: Span, k: Span) -> Block:
     """Empty, full or mixed, for every pair of a query interval and a key interval."""
     raise NotImplementedError
@@ -98,6 +101,27 @@ class Mask:
 
   def __invert__(self) -> "Mask":
     return Not(self)
+
+  def check(self, B: int, N: int, T: int, S: int) -> None:
+    """Raises ValueError where an array of the mask does not fit so many rows, heads, queries and
+    keys.
+    """
+    sizes = {"B": B, "N": N, "T": T, "S": S}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, Mask):
+        value.check(B, N, T, S)
+      elif value is not None and (axes := self.AXES.get(field.name, "").split()):
+        wanted = [sizes[axis[-1]] for axis in axes]
+        fits = (
+          size == want or (size == 1 and axis[0] == "#")
+          for size, want, axis in zip(value.shape, wanted, axes, strict=True)
+        )
+        if not all(fits):
+          raise ValueError(
+            f"{field.name} of the mask must be [{', '.join(axes)}] = {wanted}, not "
+            f"{list(value.shape)}"
+          )
 
   @property
   def is_static(self) -> bool:
@@ -162,8 +186,8 @@ def prefix(length: int | jax.Array) -> Mask:
   """The first `length` keys, for every query; `length` may be int `B`. `prefix(p) | causal()` is a
   prefix LM.
   """
-  if isinstance(length, int):
-    return Limits(key=length)
+  if isinstance(length, int | np.integer):
+    return Limits(key=operator.index(length))
   return lengths(key=length)
 
 
@@ -340,6 +364,8 @@ class Segments(Mask):
   correct.
   """
 
+  AXES = {"query_ids": "#B T", "key_ids": "#B S"}
+
   query_ids: jax.Array
   key_ids: jax.Array
 
@@ -353,6 +379,8 @@ class Segments(Mask):
 @dataclasses.dataclass(frozen=True)
 class Positions(Mask):
   """Causal by the position that each token has, with a window."""
+
+  AXES = {"query": "#B T", "key": "#B S"}
 
   query: jax.Array
   key: jax.Array
@@ -397,6 +425,8 @@ class Limits(Mask):
 class Lengths(Mask):
   """Queries and keys before a number of each batch row's own."""
 
+  AXES = {"query": "#B", "key": "#B"}
+
   query: jax.Array | None
   key: jax.Array | None
 
@@ -409,6 +439,8 @@ class Lengths(Mask):
 @dataclasses.dataclass(frozen=True)
 class FromArray(Mask):
   """An array that somebody holds, bool `#B #N #T #S`."""
+
+  AXES = {"array": "#B #N #T #S"}
 
   array: jax.Array
 
@@ -493,6 +525,9 @@ class Shifted(Mask):
 
   mask: Mask
   query: jax.Array
+
+  def check(self, B, N, T, S):
+    """Nothing: how many queries the whole has is not known here."""
 
   def __call__(self, q_idx, k_idx):
     return self.mask(q_idx + self.query, k_idx)

@@ -1,8 +1,9 @@
 """The softmax of a row that is seen in parts: a running maximum, sum and output, and the merge of
 two partial results.
 
-    m' = max(m, max(s))     l' = l e^(m - m') + sum(e^(s - m'))     acc' = acc e^(m - m') + e^(s -
-    m') v
+    m' = max(m, max(s))
+    l' = l e^(m - m') + sum(e^(s - m'))
+    acc' = acc e^(m - m') + e^(s - m') v
 
 Milakov and Gimelshein 2018, algorithm 3, https://arxiv.org/abs/1805.02867; with the output carried
 along, Rabe and Staats 2021, https://arxiv.org/abs/2112.05682. A row that has seen nothing has m =
@@ -62,9 +63,17 @@ def update(
 
 def finish(state: Running) -> tuple[Float[Array, "*R T h"], Float[Array, "*R T"]]:
   """The output and the log-sum-exp of each row."""
-  empty = state.l == 0.0
-  safe = jnp.where(empty, 1.0, state.l)
-  return state.acc / safe[..., None], jnp.where(empty, -jnp.inf, _finite(state.m) + jnp.log(safe))
+  safe = jnp.where(state.l == 0.0, 1.0, state.l)
+  return state.acc / safe[..., None], log_sum_exp(state.m, state.l)
+
+
+def log_sum_exp(m: Float[Array, "*R T"], l: Float[Array, "*R T"]) -> Float[Array, "*R T"]:
+  """m + log l, and -inf of an empty row.
+
+  Beside a great m nothing is left of log l: who wants probabilities needs both.
+  """
+  empty = l == 0.0
+  return jnp.where(empty, -jnp.inf, _finite(m) + jnp.log(jnp.where(empty, 1.0, l)))
 
 
 def merge(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -64,7 +65,7 @@ def add(x: Array, layout: str, cut: Mapping[str, Part], part: Array) -> Array:
 
 def _view(
   x: Array, layout: str, cut: Mapping[str, Part]
-) -> tuple[Array, list[Array | int], list[tuple[int, ...]]]:
+) -> tuple[Array, list[Array], list[tuple[int, ...]]]:
   """The array with every axis that is cut as two, where the part begins, and its size by axis."""
   shape: list[int] = []
   starts: list[Array | int] = []
@@ -79,4 +80,4 @@ def _view(
     shape += [part.side, size // part.side]
     starts += [0, part.index * width]
     sizes += [(part.side, width)]
-  return x.reshape(shape), starts, sizes
+  return x.reshape(shape), [jnp.asarray(start, jnp.int32) for start in starts], sizes

@@ -14,8 +14,8 @@ def rotary(
   """Rotates pairs of channels by an angle that grows with the position, so that q . k depends on
   their distance only.
 
-      (x_c, x_{c + R/2}) -> (x_c cos a - x_{c + R/2} sin a, x_{c + R/2} cos a + x_c sin a),   a =
-      position base^(-2c/R)
+      (x_c, x_{c + R/2}) -> (x_c cos a - x_{c + R/2} sin a, x_{c + R/2} cos a + x_c sin a)
+      a = position base^(-2c/R)
 
   Su et al. 2021, equation 34, https://arxiv.org/abs/2104.09864, with the halves of the rotated
   width R as the pairs (the layout of GPT-NeoX and Llama).
@@ -29,7 +29,7 @@ def rotary(
   Returns:
     The same shape and dtype; the rotation itself is done in float32.
   """
-  rotated = int(x.shape[-1] * fraction) // 2 * 2
+  rotated = int(x.shape[-1] * fraction + 1e-6) // 2 * 2
   frequency = base ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / max(rotated, 1))
   angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None, :]
   cos, sin = jnp.cos(angle), jnp.sin(angle)

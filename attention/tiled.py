@@ -5,11 +5,13 @@ The forward pass walks the queries block by block; for each it visits the key bl
 leaves, those that are full without a mask and then what is not empty of those that are mixed, and
 keeps a running softmax. Of the T x S scores only one tile exists at a time, of all heads where the
 cores of a CPU share it, of one head where each has a device of its own. Nothing is saved for the
-backward pass but the inputs, the output and the log-sum-exp: it walks the key blocks, recomputes
-each tile's probabilities p = e^(score - lse), and adds up
+backward pass but the inputs, the output, and of each row the greatest score m and the sum l of
+e^(score - m). (Their log-sum-exp m + log l would not do: beside a great m nothing is left of log
+l.) It walks the key blocks, recomputes each tile's probabilities p = e^(score - m - log l), and
+adds up
 
-    dV += p^T dO     dS = p (dO V^T - delta)     dQ += dS K     dK += dS^T Q     delta = rowsum(dO
-    O) - dlse
+    dV += p^T dO     dS = p (dO V^T - delta)     delta = rowsum(dO O) - dlse
+    dQ += dS K       dK += dS^T Q
 
 Dao et al. 2022, algorithm 4, https://arxiv.org/abs/2205.14135; the log-sum-exp has a gradient too.
 Which blocks to visit comes from `Mask.block`, in O(blocks), so a window costs what is in the
@@ -194,24 +196,24 @@ def _attend(settings, q, k, v, modifiers, sinks, mask, seeds):
 
 
 def _attend_forward(settings, q, k, v, modifiers, sinks, mask, seeds):
-  out, lse = _forward(settings, q, k, v, modifiers, sinks, mask, seeds)
-  return (out, lse), (q, k, v, modifiers, sinks, mask, seeds, out, lse)
+  out, m, l = _forward(settings, q, k, v, modifiers, sinks, mask, seeds)
+  lse = online_softmax.log_sum_exp(m, l)
+  return (out, lse), (q, k, v, modifiers, sinks, mask, seeds, out, m, l)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend_backward(settings, saved, gradients):
-  q, k, v, modifiers, sinks, mask, seeds, out, lse = saved
+  q, k, v, modifiers, sinks, mask, seeds, out, m, l = saved
   d_out, d_lse = gradients
   delta = jnp.einsum("btkgh,btkgh->bkgt", d_out, out) - d_lse
+  empty = l == 0.0
+  row = jnp.where(empty, jnp.inf, m), jnp.log(jnp.where(empty, 1.0, l)), delta
   d_sinks = None
   if sinks is not None:
-    share = jnp.exp(sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1) - lse)
+    share = jnp.exp(sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1) - row[0] - row[1])
     d_sinks = -(share * delta).sum((0, 3)).reshape(sinks.shape).astype(sinks.dtype)
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
 
-  gradients = _backward(
-    settings, q, k, v, d_out.astype(v.dtype), lse, delta, modifiers, mask, seeds
-  )
+  gradients = _backward(settings, q, k, v, d_out.astype(v.dtype), row, modifiers, mask, seeds)
   dq, dk, dv, d_modifiers = jax.tree.map(
     lambda gradient, x: gradient.astype(x.dtype), gradients, (q, k, v, modifiers)
   )
@@ -334,7 +336,7 @@ def _positions(block: Part, width: int) -> Array:
 
 
 def _forward(settings, q, k, v, modifiers, sinks, mask, seeds):
-  """(out `B T K G h` float32, lse `B K G T`) of q `B T K G H`, k `B S K H`, v `B S K h`."""
+  """(out `B T K G h`, m and l `B K G T`), float32, of q `B T K G H`, k `B S K H`, v `B S K h`."""
   B, T, K, G, _ = q.shape
   S, h = k.shape[1], v.shape[-1]
   block_q, block_k, in_quarters, rows, heads = settings.tiling
@@ -376,20 +378,23 @@ def _forward(settings, q, k, v, modifiers, sinks, mask, seeds):
       if sinks is not None:
         sink = parts.take(sinks, "K", cut).astype(jnp.float32).reshape(1, heads, G, 1)
         sink = jnp.broadcast_to(sink, (rows, heads, G, block_q)).reshape(state.m.shape)
-        state = state._replace(m=sink + zero, l=jnp.ones_like(state.l))
+        none = sink == -jnp.inf
+        state = state._replace(m=sink + zero, l=jnp.where(none, 0.0, 1.0) + zero)
       state = lax.fori_loop(0, full[i], whole, state)
       if in_quarters:
         state = lax.fori_loop(0, count[i], quarter, state)
       else:
         state = lax.fori_loop(full[i], active[i], functools.partial(whole, mask=here), state)
-      out, lse = online_softmax.finish(state)
+      out, _ = online_softmax.finish(state)
       out = out.reshape(rows, heads, G, -1, h).transpose(0, 3, 1, 2, 4)
       out = parts.put(results[0], "B T K", at, out / (1.0 - settings.dropout_rate))
-      return out, parts.put(results[1], "B K G T", at, lse)
+      m, l = (parts.put(results[i + 1], "B K G T", at, state[i]) for i in range(2))
+      return out, m, l
 
     return lax.fori_loop(0, T // block_q, row, results)
 
-  start = jnp.zeros((B, T, K, G, h), jnp.float32), jnp.zeros((B, K, G, T), jnp.float32)
+  rows_of_one = jnp.zeros((B, K, G, T), jnp.float32)
+  start = jnp.zeros((B, T, K, G, h), jnp.float32), rows_of_one, rows_of_one
   return _in_parts(settings.tiling, q, part, jax.tree.map(lambda x: x + zero, start))
 
 
@@ -405,9 +410,9 @@ def _half[R](a: Array, group: int, tree: R, new: R | None = None) -> R:
   return jax.tree.map(move, tree, *(() if new is None else (new,)))
 
 
-def _backward(settings, q, k, v, d_out, lse, delta, modifiers, mask, seeds):
-  """(dq, dk, dv, dmodifiers), all float32. An empty row comes with lse = +inf, so that its
-  probabilities are 0.
+def _backward(settings, q, k, v, d_out, row, modifiers, mask, seeds):
+  """(dq, dk, dv, dmodifiers), all float32. `row` is m, log l and delta; an empty row comes with m =
+  +inf, so that its probabilities are 0.
 
   Tiles lie keys first, `B K k gq`, and dQ is summed transposed, `B K H gq`: so laid out, every
   product reads its operands row by row, on a CPU 2 to 3 times faster than otherwise.
@@ -415,7 +420,7 @@ def _backward(settings, q, k, v, d_out, lse, delta, modifiers, mask, seeds):
   _, T, _, G, H = q.shape
   S = k.shape[1]
   block_q, block_k, _, rows, heads = settings.tiling
-  zero = loops.zero((q, k, v, modifiers, mask, d_out, lse, seeds))
+  zero = loops.zero((q, k, v, modifiers, mask, d_out, row, seeds))
   kept = 1.0 / (1.0 - settings.dropout_rate)
 
   def part(cut, results):
@@ -436,18 +441,18 @@ def _backward(settings, q, k, v, d_out, lse, delta, modifiers, mask, seeds):
         tile = _Tile(settings, G, {**at, "S": keys})
         q_tile, d_tile = (_tokens(x, "B T K G", at) for x in (q, d_out))
         q_tile = q_tile * jnp.asarray(settings.q_scale, q.dtype)
-        lse_tile, delta_tile = (_tokens(x, "B K G T", at)[:, :, None] for x in (lse, delta))
+        m, log_l, delta = (_tokens(x, "B K G T", at)[:, :, None] for x in row)
         modify = lambda product, part: tile.modify(product.swapaxes(2, 3), part).swapaxes(2, 3)
         s, pull = jax.vjp(modify, _sum("bksh,bkqh->bksq", k_tile, q_tile), tile.part(modifiers))
         s = s if mask is None else jnp.where(tile.allowed(mask).swapaxes(2, 3), s, -jnp.inf)
-        p = exp(s - lse_tile)
+        p = exp(s - m - log_l)
         dp = _sum("bksh,bkqh->bksq", v_tile, d_tile)
         used = p
         if seed is not None:
           keep = tile.keep(seed).swapaxes(2, 3)
           used, dp = (jnp.where(keep, x * kept, 0.0) for x in (p, dp))
         dv += _sum("bksq,bkqh->bksh", used, d_tile)
-        d_product, d_part = pull(p * (dp - delta_tile))
+        d_product, d_part = pull(p * (dp - delta))
         dk += _sum("bksq,bkqh->bksh", d_product, q_tile)
         new = _sum("bkhs,bksq->bkhq", k_turned, d_product).reshape(*dq.shape[:4], -1)
         dq = parts.add(dq, "B K H G T", {"T": queries}, new)
@@ -478,6 +483,9 @@ def _zeros(x: Array) -> Array:
 
 
 def _sum(contract: str, x: Array, y: Array) -> Array:
-  """A matrix product in the precision of the narrower operand, with a float32 sum."""
+  """A matrix product in the precision of the narrower operand, with a float32 sum. float16 has no
+  room for a probability or a gradient of float32: beside one of these it is widened.
+  """
   dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+  dtype = jnp.float32 if dtype == jnp.float16 and x.dtype != y.dtype else dtype
   return jnp.einsum(contract, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)

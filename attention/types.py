@@ -8,7 +8,8 @@ repository.
     C chunk length     W window length          M feature-map width
 
 Arrays are `B T N H`; masks `B N T S` with any of them 1; recurrent state `B N M h`; log-sum-exp `B
-N T`, float32, natural logarithm. The letters are those of `jax.nn.dot_product_attention`, extended.
+N T` inside and `B T N` as a result, float32, natural logarithm. The letters are those of
+`jax.nn.dot_product_attention`, extended.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ Query = Float[Array, "*B T N H"]
 Key = Float[Array, "*B S K H"]
 Value = Float[Array, "*B S K h"]
 Output = Float[Array, "*B T N h"]
-LogSumExp = Float[Array, "*B N T"]
+LogSumExp = Float[Array, "*B T N"]
 MaskArray = Bool[Array, "#B #N #T #S"]
 SegmentIds = Int[Array, "B T"]
 

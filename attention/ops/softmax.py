@@ -1,9 +1,10 @@
 """Softmax attention: every query reads a weighted mean of the values, the weights a softmax over
 the keys.
 
-    out[t] = sum_s p[t, s] v[s],     p[t, s] = exp(score[t, s] - lse[t]),     lse[t] = log sum_s
-    exp(score[t, s]) score[t, s] = cap tanh(scale q[t] . k[s] / cap) + bias[t, s] - slope |t - s|,
-    -inf where the mask says no
+    out[t] = sum_s p[t, s] v[s]
+    p[t, s] = exp(score[t, s] - lse[t])          lse[t] = log sum_s exp(score[t, s])
+    score[t, s] = cap tanh(scale q[t] . k[s] / cap) + bias[t, s] - slope |t - s|
+                  or -inf where the mask says no
 
 Vaswani et al. 2017, equation 1, https://arxiv.org/abs/1706.03762; grouped queries, Ainslie et al.
 2023, https://arxiv.org/abs/2305.13245; sinks, a learned score in each head's denominator that no
@@ -127,7 +128,8 @@ def dot_product_attention(
     bias: added to the scores, broadcastable to `B N T S`; has a gradient.
     mask: who may attend to whom, a bool array broadcastable to `B N T S` (True: may) or a `Mask`,
       which costs no T x S memory and lets empty blocks be skipped.
-    scale: of the dot products; None: H^-0.5.
+    scale: of the dot products; None: H^-0.5. An array (a temperature that is learned) scales the
+      queries instead.
     is_causal: only keys `s <= t`; `mask=causal(offset)` for another alignment.
     query_seq_lengths: int32; queries from there on are padding and give 0.
     key_value_seq_lengths: int32; keys from there on are padding and are not attended to.
@@ -142,8 +144,8 @@ def dot_product_attention(
     implementation: "hopper" and "tpu", kernels for these chips; "cudnn"; "tiled", in plain XLA;
       "xla", dense; "reference". None: the best that runs this call here, forward and backward (see
       `attention.explain`).
-    return_residual: also return the log-sum-exp, `B T N` as in `jax.nn`, float32, natural
-      logarithm, sinks included.
+    return_residual: also return the log-sum-exp, `B T N` as in `jax.nn`, float32 (float64 for
+      float64 inputs), natural logarithm, sinks included.
 
   Returns:
     `B T N h` in the dtype of value, or (that, the log-sum-exp).
@@ -158,12 +160,18 @@ def dot_product_attention(
     local_window_size=local_window_size, logit_cap=logit_cap, sinks=sinks,
     alibi_slopes=alibi_slopes, dropout=dropout, return_residual=return_residual,
   )  # fmt: skip
-  out, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)
-  out = out[0] if query.ndim == 3 else out
+  (B, T, N, _), (_, S, _, h) = call.query.shape, call.value.shape
+  if 0 in (B, T, N, S):
+    out = jnp.zeros((B, T, N, h), call.value.dtype)
+    lse = jnp.full((B, N, T), -jnp.inf)
+    lse = lse if call.sinks is None else jnp.maximum(lse, call.sinks[None, :, None])
+  else:
+    out, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)
+  out = out[0] if np.ndim(query) == 3 else out
   if not return_residual:
     return out
   lse = lse.swapaxes(1, 2)
-  return out, lse[0] if query.ndim == 3 else lse
+  return out, lse[0] if np.ndim(query) == 3 else lse
 
 
 def _reference(call: Call) -> tuple[Array, Array]:
@@ -172,7 +180,7 @@ def _reference(call: Call) -> tuple[Array, Array]:
   q, k, v = (x.astype(dtype) for x in call[:3])
   (T, N), (S, K) = q.shape[1:3], k.shape[1:3]
   k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-  score = jnp.einsum("btnh,bsnh->bnts", q, k) * call.scale
+  score = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * call.scale
   if call.logit_cap is not None:
     score = call.logit_cap * jnp.tanh(score / call.logit_cap)
   if call.modifiers.bias is not None:
@@ -186,11 +194,12 @@ def _reference(call: Call) -> tuple[Array, Array]:
     sink = call.sinks.astype(score.dtype)[None, :, None, None]
     score = jnp.concatenate([score, jnp.broadcast_to(sink, (*score.shape[:3], 1))], axis=-1)
   empty = (score == -jnp.inf).all(-1)
-  lse = jax.nn.logsumexp(jnp.where(empty[..., None], 0.0, score), axis=-1)
-  p = jnp.where(empty[..., None], 0.0, jnp.exp(score - lse[..., None]))[..., :S]
+  score = jnp.where(empty[..., None], 0.0, score)
+  lse = jax.nn.logsumexp(score, axis=-1)
+  p = jnp.where(empty[..., None], 0.0, jax.nn.softmax(score, axis=-1))[..., :S]
   if call.dropout is not None:
     p = jnp.where(kept_array(call.dropout, T, S), p / (1.0 - call.dropout.rate), 0.0)
-  out = jnp.einsum("bnts,bsnh->btnh", p, v)
+  out = jnp.einsum("bnts,bsnh->btnh", p, v, precision="highest")
   return out.astype(call.value.dtype), jnp.where(empty, -jnp.inf, lse)
 
 
@@ -288,13 +297,16 @@ def describe(
   """Checks the arguments of `dot_product_attention` and puts them into the one form that
   implementations read.
   """
-  query, key, value = shapes.batched(query, key, value)
+  query, key, value = shapes.batched(*(jnp.asarray(x) for x in (query, key, value)))
   (B, T, N, H), S = query.shape, key.shape[1]
   if logit_cap is not None:
     shapes.check_positive("logit_cap", logit_cap)
+    logit_cap = float(logit_cap)
+  lengths = [_numbers(x, jnp.int32) for x in (query_seq_lengths, key_value_seq_lengths)]
+  bias, sinks, alibi_slopes = (_numbers(x, jnp.float32) for x in (bias, sinks, alibi_slopes))
   for name, x, shape in (
-    ("query_seq_lengths", query_seq_lengths, (B,)),
-    ("key_value_seq_lengths", key_value_seq_lengths, (B,)),
+    ("query_seq_lengths", lengths[0], (B,)),
+    ("key_value_seq_lengths", lengths[1], (B,)),
     ("sinks", sinks, (N,)),
     ("alibi_slopes", alibi_slopes, (N,)),
     ("the seeds of dropout", dropout.seeds if dropout else None, (B, N)),
@@ -303,26 +315,36 @@ def describe(
       raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
   whole = masks.everything()
   if mask is not None:
-    whole = (
-      mask
-      if isinstance(mask, Mask)
-      else masks.from_array(shapes.broadcastable("mask", mask, (B, N, T, S)))
-    )
+    if not isinstance(mask, Mask):
+      mask = masks.from_array(shapes.broadcastable("mask", jnp.asarray(mask), (B, N, T, S)))
+    mask.check(B, N, T, S)
+    whole = mask
   if is_causal:
     whole = whole & masks.causal()
   if local_window_size is not None:
-    sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
     whole = whole & masks.sliding_window(*sides)
-  if query_seq_lengths is not None or key_value_seq_lengths is not None:
-    whole = whole & masks.lengths(query_seq_lengths, key_value_seq_lengths)
+  if any(x is not None for x in lengths):
+    whole = whole & masks.lengths(*lengths)
   if bias is not None:
     bias = shapes.broadcastable("bias", bias, (B, N, T, S))
-  scale = H**-0.5 if scale is None else scale
+  if isinstance(scale, jax.Array | np.ndarray):
+    wide = query.astype(jnp.float64 if query.dtype == jnp.float64 else jnp.float32)
+    query, scale = (wide * jnp.asarray(scale, wide.dtype)).astype(query.dtype), 1.0
+  scale = H**-0.5 if scale is None else float(scale)
   modifiers = Modifiers(bias, alibi_slopes)
   dropout = dropout if dropout and dropout.rate else None
   return Call(
     query, key, value, whole, modifiers, sinks, scale, logit_cap, dropout, return_residual
   )
+
+
+def _numbers(x: Any, dtype: Any) -> Array | None:
+  """An array of what was given, `dtype` in place of any kind of integers; None stays None."""
+  if x is None:
+    return None
+  x = jnp.asarray(x)
+  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
 # As a Variant: causal or not, packed or not, with a window or a cap; and one token after another.
@@ -344,6 +366,8 @@ def attend(
   """
   mask = masks.causal() if is_causal else masks.everything()
   if window is not None:
+    if window < 1:
+      raise ValueError(f"window must be at least 1, not {window}")
     mask = mask & masks.sliding_window(window - 1, 0 if is_causal else window - 1)
   if segment_ids is not None:
     mask = mask & masks.segments(segment_ids)
@@ -456,7 +480,7 @@ def step(
     state.value.swapaxes(1, 2).astype(q.dtype),
     mask=masks.positions(state.length[:, None] - 1, _slot_positions(state), window),
     logit_cap=logit_cap,
-    implementation="xla",
+    implementation="reference" if q.dtype == jnp.float64 else "xla",
   )
   return state, out[:, 0]
 

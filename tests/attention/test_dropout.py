@@ -28,6 +28,12 @@ def test_bits_are_those_of_the_definition():
   np.testing.assert_array_equal(kept_array(DROPOUT, 37, 50), (bits >> 8) >= round(0.3 * 2**24))
 
 
+def test_seeds_are_the_same_where_numbers_may_be_double():
+  with kit.double():
+    seeds = make_dropout(0.3, jax.random.key(4), CASE.B, CASE.N).seeds
+  np.testing.assert_array_equal(seeds, DROPOUT.seeds)
+
+
 def _run(implementation, q, k, v, dropout=DROPOUT, **options):
   return dot_product_attention(
     q, k, v, mask=masks.causal(13), dropout=dropout, implementation=implementation, **options

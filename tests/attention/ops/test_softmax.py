@@ -225,6 +225,98 @@ def test_large_logits_and_repeated_keys(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bias", [-1e9, 3e4])
+def test_probabilities_of_great_scores_that_tie(implementation, bias):
+  """Beside a score of 1e9 a log-sum-exp has lost log S; probabilities are 1 / S all the same."""
+  zero, v = jnp.zeros((1, 16, 1, 4)), kit.normal(jax.random.key(0), 1, 16, 1, 4)
+
+  def f(v, bias):
+    return dot_product_attention(zero, zero, v, bias, implementation=implementation)
+
+  out, pull = jax.vjp(f, v, jnp.full((1, 1, 16, 16), bias))
+  d_out = kit.normal(jax.random.key(1), *out.shape)
+  d_v, d_bias = pull(d_out)
+  mean = jnp.broadcast_to(v.mean(1, keepdims=True), v.shape)
+  kit.assert_close("out", out, mean)
+  kit.assert_close("d_v", d_v, jnp.broadcast_to(d_out.mean(1, keepdims=True), v.shape))
+  d_score = (d_out[0, :, 0] @ (v - mean)[0, :, 0].T) / 16
+  kit.assert_close("d_bias", d_bias[0, 0], d_score)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_head_without_a_sink_is_as_if_there_were_none(implementation):
+  """In rows that see a key and in rows that see none."""
+  q, k, v = kit.Case(T=20, S=12).inputs()
+  run = functools.partial(
+    dot_product_attention, q, k, v, mask=masks.causal(-5), implementation=implementation,
+    return_residual=True,
+  )  # fmt: skip
+  loss = lambda sinks: sum(jnp.where(jnp.isfinite(x), x, 0.0).sum() for x in run(sinks=sinks))
+  sinks = jnp.array([-jnp.inf, 0.3, -jnp.inf, -1.0])
+  d_sinks = jax.jit(jax.grad(loss))(sinks)
+  assert (d_sinks[::2] == 0).all() and np.isfinite(d_sinks).all() and (d_sinks[1::2] != 0).all()
+  for ours, without in zip(run(sinks=sinks), run(), strict=True):
+    kit.assert_close("no sink", ours[:, :, ::2], without[:, :, ::2])
+
+
+def test_float32_is_the_same_where_numbers_may_be_double():
+  """`jax_enable_x64` makes Python's integers 64 bits wide; offsets into arrays must agree."""
+  q, k, v = kit.Case(T=63, S=63).inputs()
+  f = lambda *x: jnp.sin(dot_product_attention(*x, is_causal=True, implementation="tiled")).sum(
+    dtype=jnp.float32
+  )
+  want = jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
+  with kit.double():
+    got = jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v)
+  kit.assert_trees_close(got, want)
+
+
+def test_gradients_of_float16_do_not_vanish():
+  """dS of 1e-7 rounds to a multiple of 6e-8 in float16: it is summed in float32."""
+  q, k, v = (x.astype(jnp.float16) for x in kit.Case(B=1, T=512, S=512, N=1, K=1).inputs())
+  d_out = 1e-3 * kit.normal(jax.random.key(5), 1, 512, 1, v.shape[-1])
+
+  def f(implementation, q, k, v):
+    out = dot_product_attention(q, k, v, implementation=implementation)
+    return (out.astype(jnp.float32) * d_out).sum()
+
+  got = jax.jit(jax.grad(functools.partial(f, "tiled"), (0, 1, 2)))(q, k, v)
+  wide = (x.astype(jnp.float32) for x in (q, k, v))
+  want = jax.jit(jax.grad(functools.partial(f, "reference"), (0, 1, 2)))(*wide)
+  for name, x, y in zip("qkv", got, want, strict=True):
+    error = np.linalg.norm(np.float64(x) - np.float64(y)) / np.linalg.norm(np.float64(y))
+    assert error < 3e-3, (name, error)
+
+
+def test_what_jax_nn_takes_is_taken():
+  """Lists, NumPy's float64, a number for a bias, a scale that is learned."""
+  q, k, v = (np.asarray(x, np.float64) for x in kit.Case(T=40, S=40).inputs())
+  options = {"bias": 0.0, "key_value_seq_lengths": [31, 40], "local_window_size": [9, 4]}
+  out = attend_eagerly(q, k.tolist(), v, implementation="tiled", **options)
+  lengths = jnp.array(options["key_value_seq_lengths"])
+  want = jax.nn.dot_product_attention(
+    *(jnp.asarray(x) for x in (q, k, v)), key_value_seq_lengths=lengths, local_window_size=(9, 4)
+  )
+  kit.assert_close("out", out, want)
+  f = lambda attend, scale, **how: attend(*map(jnp.float32, (q, k, v)), scale=scale, **how).sum()
+  slope = jax.grad(functools.partial(f, jax.nn.dot_product_attention))(jnp.float32(0.4))
+  for implementation in ("xla", "tiled"):
+    ours = jax.grad(functools.partial(f, attend_eagerly, implementation=implementation))
+    kit.assert_close("scale", ours(jnp.float32(0.4)), slope, factor=5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_nothing_comes_of_nothing(axis):
+  """No rows, no queries, no keys: as `jax.nn` has it."""
+  x = jnp.zeros((2, 4, 2, 8))
+  q = k = x[:0] if axis == 0 else x
+  q, k = (q[:, :0], k) if axis == 1 else (q, k[:, :0]) if axis == 2 else (q, k)
+  out, lse = attend_eagerly(q, k, k, return_residual=True)
+  assert out.shape == q.shape and (out == 0).all()
+  assert lse.shape == q.shape[:3] and (lse == -jnp.inf).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_future_changes_nothing(implementation):
   q, k, v = kit.Case(T=40, S=40).inputs()
   f = lambda k, v: dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
@@ -321,10 +413,34 @@ def test_bad_calls_say_why(change, message):
     dot_product_attention(**arguments)
 
 
+@pytest.mark.parametrize(
+  ("mask", "message"),
+  [
+    (
+      masks.segments(jnp.zeros((1, 3), jnp.int32)),
+      r"query_ids .* \[#B, T\] = \[2, 4\], not \[1, 3\]",
+    ),
+    (masks.segments(jnp.zeros((3, 4), jnp.int32)), r"query_ids .* = \[2, 4\], not \[3, 4\]"),
+    (~masks.from_array(jnp.ones((3, 3), bool)), r"array .* = \[2, 2, 4, 4\], not \[1, 1, 3, 3\]"),
+    (
+      masks.causal() & masks.from_array(jnp.ones((3, 1, 1), bool)),
+      r"array .* = \[2, 2, 4, 4\], not \[1, 3, 1, 1\]",
+    ),
+    (masks.lengths(jnp.ones(3, jnp.int32)), r"query .* \[#B\] = \[2\], not \[3\]"),
+  ],
+)
+def test_masks_that_do_not_fit_say_why(mask, message):
+  x = jnp.zeros((2, 4, 2, 8))
+  with pytest.raises(ValueError, match=message):
+    dot_product_attention(x, x, x, mask=mask)
+
+
 def test_bad_numbers_and_dtypes_say_why():
   x = jnp.zeros((1, 4, 2, 8))
   with pytest.raises(ValueError, match="logit_cap must be greater than 0, not -1"):
     dot_product_attention(x, x, x, logit_cap=-1.0)
+  with pytest.raises(ValueError, match="logit_cap must be known before anything runs"):
+    jax.jit(lambda cap: attend_eagerly(x, x, x, logit_cap=cap))(1.0)
   with pytest.raises(ValueError, match="one floating dtype, not float32, bfloat16, float32"):
     dot_product_attention(x, x.astype(jnp.bfloat16), x)
   with pytest.raises(ValueError, match="array must be bool"):
