@@ -98,7 +98,7 @@ def _terms(rule: Rule, phi: FeatureMap, x: Tokens, marks: Marks) -> _Terms:
   g = None if x.g is None else jnp.swapaxes(x.g.astype(rule.dtype), 1, 2)
   if marks.keep is not None:
     keep = marks.keep[:, None, :, None]
-    k = jnp.where(keep, k, 0)
+    k, v = jnp.where(keep, k, 0), jnp.where(keep, v, 0)
     g = None if g is None else jnp.where(keep, g, 0)
   read = write = carry = 1.0
   if g is not None:
@@ -158,10 +158,21 @@ def _read(rule: Rule, state: State, q: jax.Array, x: _Terms) -> jax.Array:
   return divide(out, weight[..., None])
 
 
+@jax.custom_jvp
 def divide(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x / weight, and 0 with zero gradient where the weight is 0."""
+  """x / weight, and 0 with zero gradient where the weight is 0.
+
+  No weight is squared: of one below 1e-19 or above 1e19 float32 holds no square.
+  """
   something = weight != 0
   return jnp.where(something, x / jnp.where(something, weight, 1), 0)
+
+
+@divide.defjvp
+def _divide_derivative(primals, tangents):
+  (x, weight), (dx, d_weight) = primals, tangents
+  out = divide(x, weight)
+  return out, divide(dx - out * d_weight, weight)
 
 
 def _group(
@@ -202,11 +213,13 @@ def _scan_backward(rule, saved, gradients):
     state, tokens, marks, d_out = x
     _, pull = jax.vjp(lambda p, s, x: _group(rule, p, s, x, marks), phi, state, tokens)
     d_phi_here, d_state, d_tokens = pull((d_state, d_out))
-    return (d_state, jax.tree.map(jnp.add, d_phi, d_phi_here)), d_tokens
+    learned = lambda total, here: total if here.dtype == jax.dtypes.float0 else total + here
+    return (d_state, jax.tree.map(learned, d_phi, d_phi_here)), d_tokens
 
   _, states = lax.scan(forward, state, (xs, marks))
   carry = (d_state, jax.tree.map(jnp.zeros_like, phi))
   (d_state, d_phi), d_xs = lax.scan(backward, carry, (states, xs, marks, d_out), reverse=True)
+  d_phi = jax.tree.map(lambda d: d if jnp.issubdtype(d.dtype, jnp.inexact) else None, d_phi)
   return d_phi, d_state, d_xs, None
 
 
@@ -258,6 +271,11 @@ def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   return chunks.number_runs(begins(segment_ids))
 
 
+def real_tokens(T: int, lengths: Int[Array, " B"]) -> Bool[Array, "B T"]:
+  """Which tokens are not padding; lengths may be integers of any size."""
+  return jnp.arange(T, dtype=jnp.int32)[None] < lengths.astype(jnp.int32)[:, None]
+
+
 def make_marks(
   shape: tuple[int, int],
   chunk_size: int,
@@ -269,7 +287,7 @@ def make_marks(
   """Positions, padding and documents of every group, [groups BG C], for `shape` = (B, T)."""
   B, T = shape
   index = jnp.arange(T, dtype=jnp.int32)[None]
-  keep = index < (T if lengths is None else lengths.astype(jnp.int32)[:, None])
+  keep = jnp.ones((1, T), bool) if lengths is None else real_tokens(T, lengths)
   runs = before = None
   if segment_ids is not None:
     runs = chunks.number_runs(begins(segment_ids) & keep)  # padding begins no document

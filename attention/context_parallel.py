@@ -44,6 +44,12 @@ def follow(ids: Int[Array, "B T"], axis: TimeAxis) -> Bool[Array, " B"]:
   return (before == ids[:, 0]) | first
 
 
+def shared[T](tree: T, axis: TimeAxis) -> T:
+  """Arrays that are the same on every device, as JAX knows them to be: `out_specs` may say so."""
+  first = lax.axis_index(axis.name) == 0
+  return jax.tree.map(lambda x: lax.psum(jnp.where(first, x, 0), axis.name), tree)
+
+
 def states(
   k: Float[Array, "B T K M"],
   v: Float[Array, "B T K h"],

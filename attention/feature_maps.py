@@ -162,7 +162,16 @@ def check_length(feature_map: FeatureMap, length: int, positions: jax.Array | No
   """Raises ValueError where tokens without positions are more than a map has room for."""
   longest = getattr(feature_map, "max_length", None)
   if positions is None and longest is not None and length > longest:
-    raise ValueError(f"max_length must be at least the sequence length, got {longest} < {length}")
+    raise ValueError(f"the feature map has room for max_length={longest} tokens, got {length}")
+
+
+def check_normalized(feature_map: FeatureMap, normalize: bool) -> None:
+  """Raises ValueError where nothing would cancel what a map scales its queries by."""
+  if not normalize and getattr(feature_map, "rescale_queries", False):
+    raise ValueError(
+      "'favor' scales each query's features by their greatest, which only normalize=True cancels; "
+      "got normalize=False, for which there is favor(..., rescale_queries=False)"
+    )
 
 
 def cosformer(max_length: int) -> Cosformer:
@@ -193,7 +202,7 @@ class PositiveRandomFeatures:
   rescale_queries: bool = True
 
   def __call__(self, x, *, positions=None, is_query):
-    """exp(w_r . x - |x|^2 / 2 - c) / sqrt M of x / H^(1/4)."""
+    """exp(w_r . x - |x|^2 / 2) / sqrt M of x / H^(1/4), queries rescaled."""
     del positions
     head_dim = x.shape[-1]
     if head_dim != self.projection.shape[-1]:
@@ -205,12 +214,8 @@ class PositiveRandomFeatures:
     logits = jnp.einsum("...h,mh->...m", x, projection, precision=jax.lax.Precision.HIGHEST)
     logits = logits - jnp.sum(x * x, axis=-1, keepdims=True) / 2
     if is_query and self.rescale_queries:
-      shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    else:
-      # The largest logit of any vector is max_r |w_r|^2 / 2, at x = w_r: of the draw, not the data.
-      largest = jnp.max(jnp.sum(projection * projection, axis=-1)) / 2
-      shift = jax.lax.stop_gradient(jnp.maximum(largest - _LARGEST_LOGIT, 0.0))
-    return jnp.exp(logits - shift) * self.projection.shape[0] ** -0.5
+      logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.exp(jnp.minimum(logits, _LARGEST_LOGIT)) * self.projection.shape[0] ** -0.5
 
   def num_features(self, head_dim: int) -> int:
     """The number of random directions."""
@@ -240,11 +245,11 @@ def favor(
 
   What keeps exp in range must not look at other tokens. The paper's code subtracts a maximum over
   all keys: in a causal model that lets a later key scale an earlier one's features down to zero,
-  and the future leaks. Here keys subtract nothing that depends on data. They need nothing: w . x -
-  |x|^2 / 2 <= |w|^2 / 2 for every x, about H / 2; only where a draw has |w|^2 / 2 > 60 is the
-  excess subtracted, one constant for all keys of all time, which the normalizer cancels. Queries
-  subtract their own row's maximum, which the normalizer cancels exactly; so use
-  `rescale_queries=False` where there is no normalizer and the product itself matters.
+  and the future leaks. Here keys subtract nothing. They need nothing: w . x - |x|^2 / 2 is at most
+  |w|^2 / 2, about H / 2. Heads wider than 120 could reach beyond 60, with keys that are nearly a
+  direction of the draw, as long as H^(3/4); there it is cut off. Queries subtract their own row's
+  maximum, which the normalizer cancels exactly; so use `rescale_queries=False` where there is no
+  normalizer and the product itself matters.
 
   Args:
     key: of the draw.
@@ -288,7 +293,7 @@ def get(
   `FeatureMap`'s two methods.
 
   Raises:
-    ValueError: no feature map has that name.
+    ValueError: no feature map has that name, or it is no pytree.
   """
   match feature_map:
     case None | "identity":
@@ -308,5 +313,10 @@ def get(
     case str():
       raise ValueError(f"feature_map must be one of {', '.join(_NAMES)}, got {feature_map!r}")
     case FeatureMap():
+      if any(leaf is feature_map for leaf in jax.tree.leaves(feature_map)):
+        raise ValueError(
+          "a feature map must be a pytree, so that JAX sees its arrays: register the class with "
+          f"jax.tree_util.register_dataclass, got a {type(feature_map).__name__}"
+        )
       return feature_map
   return Given(feature_map)

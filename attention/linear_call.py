@@ -69,16 +69,22 @@ def describe(
   if v.shape[:2] != (B, T):
     raise ValueError(f"v must be [B={B} T={T} K h] as q {q.shape} says, got {v.shape}")
   N = _output_heads(q, k, v)
+  check_real(q=q, k=k, v=v)
   feature_map = feature_maps.get(feature_map, H)
   feature_maps.check_length(feature_map, T, positions)
+  feature_maps.check_normalized(feature_map, normalize)
   M = feature_map.num_features(H) if isinstance(feature_map, FeatureMap) else None
   _check_shape("log_decay", log_decay, (N,), (B, T, N), (B, T, N, M))
+  if initial_state is not None:
+    if not isinstance(initial_state, State):
+      raise ValueError(
+        f"initial_state must be a State(kv, z), got a {type(initial_state).__name__}"
+      )
+    _check_shape("initial_state.kv", initial_state.kv, (B, N, M, v.shape[3]))
+    _check_shape("initial_state.z", initial_state.z, (B, N, M))
   _check_shape("segment_ids", segment_ids, (B, T))
   _check_shape("positions", positions, (B, T), (1, T))
   _check_shape("lengths", lengths, (B,))
-  if initial_state is not None:
-    _check_shape("initial_state.kv", initial_state.kv, (B, N, M, v.shape[3]))
-    _check_shape("initial_state.z", initial_state.z, (B, N, M))
   states = {"return_state": return_state, "initial_state": initial_state is not None}
   _check_direction(reverse, bidirectional, lengths is not None, states, axis_name)
   chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
@@ -123,6 +129,37 @@ def _output_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> int:
   return N
 
 
+def check_step(
+  state: State, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: Any, phi: FeatureMap
+) -> None:
+  """Raises ValueError where a token, `B heads width` each, does not fit the state before it."""
+  B, N, M, h = state.kv.shape
+  H = q.shape[-1]
+  for name, x, width in (("q", q, H), ("k", k, H), ("v", v, h)):
+    if x.ndim != 3 or x.shape[0] != B or x.shape[2] != width or N % max(1, x.shape[1]):
+      raise ValueError(
+        f"{name} of one token must be [B={B} heads {width}], the heads a divisor of {N}, for q "
+        f"{q.shape} and a state {state.kv.shape}, got {x.shape}"
+      )
+  if phi.num_features(H) != M:
+    raise ValueError(
+      f"the state has {M} features, got q and k of width {H}, which makes {phi.num_features(H)}"
+    )
+  _check_shape("log_decay", log_decay, (N,), (B, N), (B, N, M))
+
+
+def check_real(**arrays: jax.Array) -> None:
+  """Raises ValueError where an array is of complex numbers."""
+  for name, x in arrays.items():
+    if jax.numpy.iscomplexobj(x):
+      raise ValueError(f"{name} must be real, got {x.dtype}; a complex state is two real ones")
+
+
 def _check_shape(name: str, array: Any, *shapes: tuple[int | None, ...]) -> None:
-  if array is not None and array.shape not in shapes:
-    raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {array.shape}")
+  if array is None:
+    return
+  got = getattr(array, "shape", None)
+  if got not in shapes:
+    wanted = " or ".join(map(str, shapes))
+    got = f"a {type(array).__name__}" if got is None else got
+    raise ValueError(f"{name} must be an array of shape {wanted}, got {got}")

@@ -43,6 +43,8 @@ def unsupported(chip: str, call: Call) -> str | None:
   """Why a call of `linear_attention` cannot run here, forward and backward, or None."""
   if reason := kernels.unsupported(chip, (call.q, call.k, call.v)):
     return reason
+  if not call.q.size:
+    return f"there is no token, got q of {call.q.shape}"
   static, operands = lower(chip, call)
   return _kernel(chip).unsupported(*operands[:4], static.settings)
 
@@ -67,8 +69,7 @@ def run(chip: str, call: Call) -> tuple[Array, chunk_scan.State]:
 def _real(call: Call) -> Array:
   """Which tokens are not padding, `B T`."""
   B, T = call.q.shape[:2]
-  lengths = jnp.full((B,), T) if call.lengths is None else call.lengths
-  return jnp.arange(T, dtype=lengths.dtype)[None] < lengths[:, None]
+  return jnp.ones((B, T), bool) if call.lengths is None else chunk_scan.real_tokens(T, call.lengths)
 
 
 def lower(chip: str, call: Call) -> tuple[Static, Operands]:
@@ -76,15 +77,16 @@ def lower(chip: str, call: Call) -> tuple[Static, Operands]:
   phi = call.feature_map
   q = phi(call.q.astype(jnp.float32), positions=call.positions, is_query=True)
   k = phi(call.k.astype(jnp.float32), positions=call.positions, is_query=False)
+  v = call.v
   if call.lengths is not None:
-    k = jnp.where(_real(call)[..., None, None], k, 0)
+    k, v = (jnp.where(_real(call)[..., None, None], x, 0) for x in (k, v))
   g = _decays(call)
   B, N, M = q.shape[0], call.num_heads, q.shape[3]
-  kv, z = jnp.zeros((B, N, M, call.v.shape[3])), jnp.zeros((B, N, M))
+  kv, z = jnp.zeros((B, N, M, v.shape[3])), jnp.zeros((B, N, M))
   if call.initial_state is not None:
     kv, z = (x.astype(jnp.float32) for x in call.initial_state)
   state = linear.State(kv, z if call.normalize else None)
-  operands = Operands(q.astype(call.q.dtype), k.astype(call.k.dtype), call.v, g, state)
+  operands = Operands(q.astype(call.q.dtype), k.astype(call.k.dtype), v, g, state)
   return Static(chip, Settings(call.scale, call.normalize)), operands
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attention import chunk_scan
 from attention.modules import sharding
 
 
@@ -16,16 +17,18 @@ def causal_convolution(
 ) -> Float[Array, "B T N H"]:
   """Each channel's sum over its last W tokens, those of the same segment only.
 
-      out[t] = sum over i < W of weight[i] x[t - i]       where segment_ids[t - i] == segment_ids[t]
+      out[t] = sum over i < W of weight[i] x[t - i]       where t - i and t are of one segment
 
-  Poli et al. 2023, section 3, https://arxiv.org/abs/2302.10866. O(T W) time.
+  A new segment begins wherever the id differs from the token before. Poli et al. 2023, section 3,
+  https://arxiv.org/abs/2302.10866. O(T W) time.
   """
   T = x.shape[1]
+  segments = None if segment_ids is None else chunk_scan.number_runs(segment_ids)
   out = jnp.zeros_like(x)
   for i in range(min(weight.shape[1], T)):
     term = x[:, : T - i] * weight[None, None, :, i]
-    if segment_ids is not None and i:
-      same = segment_ids[:, : T - i] == segment_ids[:, i:]
+    if segments is not None and i:
+      same = segments[:, : T - i] == segments[:, i:]
       term = jnp.where(same[:, :, None, None], term, jnp.zeros_like(term))
     out = out + jnp.pad(term, ((0, 0), (i, 0), (0, 0), (0, 0)))
   return out

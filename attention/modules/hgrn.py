@@ -50,5 +50,6 @@ class HGRN2(GatedAttention):
       bound = bound.reshape((1,) * (k.ndim - 2) + bound.shape)
       log_f = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + log_f)
       kept = jax.nn.sigmoid(-bound) * kept
+      log_f = jnp.where(kept < 0.5, jnp.log1p(-jnp.minimum(kept, 0.5)), log_f)
     log_f = jnp.repeat(log_f, q.shape[-2] // k.shape[-2], axis=-2)
     return run(jax.nn.silu(q), kept.astype(v.dtype), v, log_decay=log_f)

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -53,6 +54,7 @@ from attention.chunk_scan import (
   group_size,
   join,
   make_marks,
+  real_tokens,
   scan,
   spread,
   sum_dtype,
@@ -60,7 +62,7 @@ from attention.chunk_scan import (
 from attention.context_parallel import TimeAxis
 from attention.dispatch import Implementation
 from attention.feature_maps import FeatureMap
-from attention.linear_call import DEFAULT_CHUNK, Call, describe
+from attention.linear_call import DEFAULT_CHUNK, Call, check_step, describe
 from attention.linear_kernels import Token
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
@@ -144,7 +146,13 @@ def _run(call: Call, implementation: str | None = None) -> tuple[Output, State]:
     T = call.q.shape[1]
     at = lax.axis_index(call.time_axis.name) * T + jnp.arange(T, dtype=jnp.int32)
     call = call._replace(positions=at[None])
-  return dispatch.run(name, IMPLEMENTATIONS, call)
+  if not isinstance(call.scale, jax.Array | np.ndarray):
+    return dispatch.run(name, IMPLEMENTATIONS, call)
+  out, state = dispatch.run(name, IMPLEMENTATIONS, call._replace(scale=1.0))
+  if not call.normalize:
+    scale = jnp.asarray(call.scale, sum_dtype(out))
+    out = (out.astype(scale.dtype) * scale).astype(out.dtype)
+  return out, state
 
 
 def chunked(call: Call) -> tuple[Output, State]:
@@ -165,7 +173,8 @@ def _directed(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tuple
     return jnp.flip(out, axis=1), state
   if call.time_axis is not None:
     entering, final = _states(call, call.time_axis)
-    return walk(call._replace(initial_state=entering, time_axis=None))[0], final
+    out, _ = walk(call._replace(initial_state=entering, time_axis=None))
+    return out, context_parallel.shared(final, call.time_axis)
   return walk(call)
 
 
@@ -188,18 +197,21 @@ def _chunked(call: Call) -> tuple[Output, State]:
   C = min(call.chunk_size, 1 << max(T - 1, 0).bit_length())
   tokens = Tokens(call.q, call.k, call.v, full_decay(call.log_decay, (B, T, N)))
   M, h = call.feature_map.num_features(call.q.shape[3]), call.v.shape[3]
+  if not B * T:
+    zero = loops.zero(tokens, call.v.dtype)
+    return jnp.zeros((B, T, N, h)) + zero, _initial_state(call, zero.astype(dtype))
   G = group_size(T, C, B * N * C * max(C, M, h))
   marks = make_marks((B, T), C, G, call.positions, call.lengths, call.segment_ids)
-  state = _initial_state(call, loops.zero((tokens, marks), dtype))
+  state = _initial_state(call, loops.zero(marks, dtype))
+  phi, state, tokens = loops.together((call.feature_map, state, tokens))
 
   precision = lax.Precision.HIGHEST if call.q.dtype.itemsize >= 4 else lax.Precision.DEFAULT
   rule = Rule(N, dtype, call.normalize, call.scale, precision)
   groups = jax.tree.map(lambda x: cut(x, C, G), tokens)
-  state, out = scan(rule, call.feature_map, state, groups, marks)
+  state, out = scan(rule, phi, state, groups, marks)
   out = join(out, B)[:, :T]
   if call.lengths is not None:
-    real = jnp.arange(T, dtype=call.lengths.dtype)[None] < call.lengths[:, None]
-    out = jnp.where(real[..., None, None], out, 0)
+    out = jnp.where(real_tokens(T, call.lengths)[..., None, None], out, 0)
   return out, state
 
 
@@ -240,11 +252,11 @@ def _both_ways(walk: Callable[[Call], tuple[Output, State]], call: Call) -> tupl
   if call.log_decay is None and call.segment_ids is None:
     K = math.lcm(k.shape[2], v.shape[2])  # one state for the heads that share both
     q, k, v = spread(q, N, 2), spread(k, K, 2), spread(v, K, 2)
-    q = q.reshape(B, T, K, -1, q.shape[-1])
+    q = q.reshape(B, T, K, N // K, q.shape[-1])
     kv = jnp.einsum("btkm,btkh->bkmh", k, v, precision=lax.Precision.HIGHEST)
     kv = kv if call.time_axis is None else lax.psum(kv, call.time_axis.name)
     out = jnp.einsum("btkgm,bkmh->btkgh", q, kv, precision=lax.Precision.HIGHEST)
-    out = out.reshape(B, T, N, -1)
+    out = out.reshape(B, T, N, v.shape[-1])
   else:
     own = jnp.sum(spread(q, N, 2) * spread(k, N, 2), axis=-1, keepdims=True) * spread(v, N, 2)
     there, back = (
@@ -325,10 +337,7 @@ def _recurrence(call: Call) -> tuple[Output, State]:
     out, weight = out + out_r - own * v, weight + weight_r - own
   else:
     state, (out, weight) = walk(state, call.reverse)
-  if call.normalize:
-    out = jnp.where(weight == 0, 0, out / jnp.where(weight == 0, 1, weight))
-  else:
-    out = out * call.scale
+  out = divide(out, weight) if call.normalize else out * call.scale
   return jnp.where(real[..., None, None], out, 0).astype(call.v.dtype), state
 
 
@@ -428,9 +437,13 @@ def init_state(
   normalize: bool = False,
   scale: float | None = None,
 ) -> DecodeState:
-  """A past of nothing. It is float32 whatever `dtype` is, and no `max_length` bounds it."""
-  del num_kv_heads, max_length, dtype, normalize, scale
-  M = feature_maps.get(feature_map, head_dim).num_features(head_dim)
+  """A past of nothing. It is float32 whatever `dtype` is, and no `max_length` makes it larger; a
+  feature map may have no room for one.
+  """
+  del num_kv_heads, dtype, normalize, scale
+  phi = feature_maps.get(feature_map, head_dim)
+  feature_maps.check_length(phi, max_length, None)
+  M = phi.num_features(head_dim)
   return DecodeState(
     jnp.zeros((batch, num_heads, M, value_dim), jnp.float32),
     jnp.zeros((batch, num_heads, M), jnp.float32),
@@ -480,6 +493,8 @@ def step(
   and that no chip has timed yet beside "xla".
   """
   phi = feature_maps.get(feature_map, q.shape[-1])
+  check_step(State(state.kv, state.z), q, k, v, log_decay, phi)
+  feature_maps.check_normalized(phi, normalize)
   at, dtype = state.position[:, None], state.kv.dtype
   keys = phi(k.astype(dtype)[:, None], positions=at, is_query=False)[:, 0]
   queries = phi(q.astype(dtype)[:, None], positions=at, is_query=True)[:, 0]

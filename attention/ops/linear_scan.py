@@ -2,10 +2,10 @@
 
     x_t = exp(log_a_t) x_{t-1} + b_t                       log_a <= 0, carried as a logarithm
 
-It is what the RG-LRU (De et al. 2024, "Griffin", eq. 4, https://arxiv.org/abs/2402.19427), HGRN
-(https://arxiv.org/abs/2311.04823, eq. 4), minGRU (https://arxiv.org/abs/2410.01201) and real
-diagonal state spaces such as S5 (https://arxiv.org/abs/2208.04933) have in common. As a mechanism
-of queries, keys and values it is attention whose products are all elementwise:
+It is what the RG-LRU (De et al. 2024, "Griffin", eq. 4, https://arxiv.org/abs/2402.19427), minGRU
+(https://arxiv.org/abs/2410.01201) and, with real decays where theirs are complex, HGRN
+(https://arxiv.org/abs/2311.04823, eq. 4) and S5 (https://arxiv.org/abs/2208.04933) have in common.
+As a mechanism of queries, keys and values it is attention whose products are all elementwise:
 
     x_t = exp(log_decay_t) x_{t-1} + k_t v_t               o_t = q_t x_t
 
@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from attention import chunk_scan, dispatch, explicit, kernels, loops
 from attention.dispatch import Implementation
+from attention.linear_call import check_real
 from attention.types import Cost, Key, Output, Query, SegmentIds, Value
 
 CHUNK = 128
@@ -110,6 +111,7 @@ def describe(
   del return_state
   if b.ndim != 3:
     raise ValueError(f"b must be [B T D], got {b.shape}")
+  check_real(b=b, log_a=log_a)
   B, T, D = b.shape
   wanted = {
     "log_a": (log_a, b.shape),
@@ -144,7 +146,7 @@ def _scanned(chip: str | None, call: Call) -> tuple[jax.Array, jax.Array]:
   log_a, b = call.log_a.astype(dtype), call.b.astype(dtype)
   real = None
   if call.lengths is not None:
-    real = (jnp.arange(T)[None] < call.lengths.astype(jnp.int32)[:, None])[..., None]
+    real = chunk_scan.real_tokens(T, call.lengths)[..., None]
     log_a, b = (jnp.where(real, x, 0) for x in (log_a, b))
   if call.segment_ids is not None:
     starts = _turns(call.segment_ids, call.reverse)[..., None]
@@ -179,6 +181,8 @@ def scan(walk: Walk, log_a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Ar
 
 def _prefix(log_a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
   """x in chunks, each a parallel prefix."""
+  if not b.size:
+    return b
   T = b.shape[1]
   C = min(CHUNK, 1 << max(T - 1, 0).bit_length())
 

@@ -64,7 +64,7 @@ def results(arrays, ids, cut, stateful, **options):
       if name != "initial_state"
     } | ({"initial_state": WHOLE} if "initial_state" in arrays else {})
     given = (where, TIME if ids is not None else None)
-    run = jax.shard_map(run, mesh=mesh(), in_specs=given, out_specs=(TIME, WHOLE), check_vma=False)
+    run = jax.shard_map(run, mesh=mesh(), in_specs=given, out_specs=(TIME, WHOLE))
 
   def loss(arrays):
     out, state = run(arrays, ids)

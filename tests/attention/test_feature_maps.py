@@ -82,9 +82,7 @@ def test_cosformer_is_its_kernel_at_any_length_and_offset():
   at = jnp.arange(9, 15)[None].repeat(2, axis=0)
   moved = [phi(x, positions=at, is_query=i == 0) for i, x in enumerate((q, k))]
   kit.assert_close("moved", products(*moved), want)
-  with pytest.raises(
-    ValueError, match="max_length must be at least the sequence length, got 5 < 6"
-  ):
+  with pytest.raises(ValueError, match="room for max_length=5 tokens, got 6"):
     feature_maps.cosformer(5)(q, is_query=True)
   with pytest.raises(ValueError, match="got 0"):
     feature_maps.cosformer(0)
@@ -137,6 +135,15 @@ def test_favor_is_finite_for_the_worst_vectors(H):
     features = np.asarray(phi(x, is_query=is_query))
     assert np.isfinite(features).all() and features.max() < 1e30
   assert np.all(np.asarray(phi(x, is_query=True)).max(axis=-1) > 0.3)
+
+
+@pytest.mark.parametrize("H", [16, 512])
+def test_favor_of_a_key_is_the_equation_whatever_the_width(H):
+  phi = favor(jax.random.key(0), H, 8)
+  x = kit.normal(jax.random.key(1), 1, 6, 2, H)
+  w, scaled = np.asarray(phi.projection, np.float64), np.asarray(x, np.float64) * H**-0.25
+  want = np.exp(scaled @ w.T - (scaled**2).sum(-1, keepdims=True) / 2) / np.sqrt(8)
+  np.testing.assert_allclose(phi(x, is_query=False), want, rtol=2e-4)
 
 
 def test_hedgehog_is_a_pair_of_softmaxes():

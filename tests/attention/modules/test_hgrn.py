@@ -44,3 +44,8 @@ def test_a_gate_that_is_shut_or_open_is_exact():
   HGRN2.around(run, logits, logits, logits)
   np.testing.assert_allclose(seen["k"], [[np.exp(-40), 1, 1, 0]], rtol=1e-6)
   np.testing.assert_allclose(seen["log_decay"], [[-np.exp(-40), -40, -1000, 0]], rtol=1e-6)
+  logits, bound = np.float32([[[-40, -3, 0, 3, 10, 15, 20, 40]]]), np.float32([[1.5, 0] * 4])
+  HGRN2.around(run, *(jnp.asarray(logits),) * 3, bound=jnp.asarray(bound))
+  kept = kit.sigmoid(-kit.f64(bound)) * kit.sigmoid(-kit.f64(logits))
+  np.testing.assert_allclose(seen["k"], kept, rtol=1e-6)
+  np.testing.assert_allclose(seen["log_decay"], np.log1p(-kept), rtol=1e-6)

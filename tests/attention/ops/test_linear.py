@@ -501,3 +501,94 @@ def test_a_named_implementation_runs():
   q, k, v = tokens(8)
   got = linear_attention(q, k, v, implementation="reference")
   kit.assert_same("reference", got, reference(q, k, v))
+
+
+def test_gradients_of_weights_whose_squares_float32_cannot_hold():
+  """A derivative with w^-2 in it is NaN for w < 1e-19 and 0 for w > 1e19."""
+  positions = np.arange(24)
+
+  def dense(phi, q, k, v, g):
+    exponent = g * (positions[:, None] - positions).astype(g.dtype)
+    weights = jnp.tril(phi(q)[0, :, 0] @ phi(k)[0, :, 0].T * jnp.exp(exponent))
+    return (weights @ v[0, :, 0] / weights.sum(-1, keepdims=True)).sum()
+
+  def ours(phi, q, k, v, g):
+    return linear.linear_attention(
+      q, k, v, log_decay=g[None], feature_map=phi, normalize=True, chunk_size=4
+    ).sum()
+
+  make = kit.keys(5)
+  q, k, v = (normal(next(make), 1, 24, 1, 3) for _ in range(3))
+  elu, relu = feature_maps.elu_plus_one.function, feature_maps.relu.function
+  few = abs(k).at[0, 6:].set(0.0)
+  for name, phi, *inputs in (
+    ("small", elu, q - 26, k - 26, v, jnp.float32(0.0)),
+    ("fading", relu, abs(q), few, v, jnp.float32(-3.0)),
+    ("great", relu, abs(q) * 1e10, abs(k) * 1e10, v, jnp.float32(-0.1)),
+  ):
+    gradients = lambda f, phi=phi: jax.jit(jax.grad(functools.partial(f, phi), (0, 1, 2, 3)))
+    got = gradients(ours)(*inputs)
+    with kit.double():
+      want = gradients(dense)(*(np.asarray(x, np.float64) for x in inputs))
+    for argument, x, y in zip("qkvg", got, want, strict=True):
+      x, y = np.asarray(x, np.float64), np.asarray(y)
+      error = np.abs(x - y).max() / np.abs(y).max()
+      assert error < 2e-5, (name, argument, error)
+
+
+def test_heads_may_be_cut_where_keys_are_whole():
+  """Multi-query attention inside of `jax.shard_map`, with JAX's checks."""
+  q, k, v = tokens(12)
+  g = decay("token", 12)
+  phi = feature_maps.favor(jax.random.key(0), H, H)
+  whole = lambda phi, q, k, v, g: linear.linear_attention(
+    q, k, v, log_decay=g, feature_map=phi, normalize=True, chunk_size=4
+  )
+  mesh = jax.make_mesh((4,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+  heads = jax.P(None, None, "heads")
+  cut = jax.shard_map(
+    whole, mesh=mesh, in_specs=(jax.P(), heads, jax.P(), jax.P(), heads), out_specs=heads
+  )
+  inputs = (phi, q, k[:, :, :1], v[:, :, :1], g)
+  gradients = lambda f: jax.jit(jax.grad(lambda *x: jnp.sin(f(*x)).sum(), (0, 1, 2, 3, 4)))
+  kit.assert_trees_close(gradients(cut)(*inputs), gradients(whole)(*inputs), factor=3)
+
+
+def test_nothing_comes_of_nothing():
+  q, k, v = tokens(4)
+  state = some_state()
+  for options in ({}, {"reverse": True}, {"bidirectional": True}, {"normalize": True}):
+    f = functools.partial(linear.linear_attention, **options)
+    assert f(q[:, :0], k[:, :0], v[:, :0]).shape == (B, 0, N, h)
+    assert f(q[:0], k[:0], v[:0]).shape == (0, 4, N, h)
+  out, after = linear.linear_attention(
+    q[:, :0], k[:, :0], v[:, :0], initial_state=state, return_state=True
+  )
+  assert out.shape == (B, 0, N, h)
+  kit.assert_trees_close(after, state)
+
+
+def test_padding_is_neither_read_nor_written_whatever_it_holds():
+  """NaN, and lengths in integers that do not reach to T."""
+  q, k, v = tokens(200)
+  g = decay("token", 200)
+  lengths = jnp.array([40, 120], jnp.int8)
+  pad = jnp.arange(200)[None, :, None, None] >= jnp.array([40, 120])[:, None, None, None]
+  spoilt = [jnp.where(pad, jnp.nan, x) for x in (q, k, v)]
+  run = functools.partial(linear.linear_attention, normalize=True, return_state=True)
+  got = run(*spoilt, log_decay=g, lengths=lengths)
+  for row, end in enumerate((40, 120)):
+    inputs = (x[row : row + 1, :end] for x in (q, k, v))
+    out, state = run(*inputs, log_decay=g[row : row + 1, :end])
+    kit.assert_close("out", got[0][row, :end], out[0])
+    kit.assert_close("padding", got[0][row, end:], 0 * q[row, end:, :, :h])
+    kit.assert_trees_close(
+      jax.tree.map(lambda x, row=row: x[row], got[1]), jax.tree.map(lambda x: x[0], state)
+    )
+
+
+def test_a_scale_may_be_learned():
+  q, k, v = tokens(8)
+  f = lambda scale, v: linear_attention(q, k, v, scale=scale).astype(jnp.float32).sum()
+  kit.assert_close("scale", jax.grad(f)(jnp.float32(0.3), v), f(1.0, v))
+  kit.assert_close("traced", jax.jit(f)(jnp.float32(0.3), v), f(0.3, v))
