@@ -4,6 +4,7 @@ there.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,8 +15,13 @@ def harden(step: int | Array, steps: int, *, start: float = 1.0, end: float) -> 
   """The inverse temperature at a step of annealed training: geometric from `start` to `end`.
 
   Scores times this, through a softmax, are hard-max attention at the end if `end` is at least
-  `sharpness(S, margin, error)`.
+  `sharpness(S, margin, error)`. Any of them may be traced.
+
+  Raises: ValueError: `steps`, `start` or `end` is not above 0.
   """
+  for name, value in (("steps", steps), ("start", start), ("end", end)):
+    if not isinstance(value, jax.core.Tracer):
+      shapes.check_positive(name, value)
   done = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
   return start * (end / start) ** done
 
@@ -26,7 +32,11 @@ def sharpness(num_keys: int, margin: float, error: float) -> float:
       1 - p_best <= (S - 1) e^(-beta margin) <= error    for    beta = ln((S - 1) / error) / margin
 
   where every other score is at least `margin` below the best.
+
+  Raises: ValueError: a number that is not above 0, or an error of 1 or more.
   """
   for name, value in (("num_keys", num_keys), ("margin", margin), ("error", error)):
     shapes.check_positive(name, value)
+  if error >= 1:
+    raise ValueError(f"error must be less than 1, not {error}")
   return math.log(max(num_keys - 1, 1) / error) / margin

@@ -6,7 +6,8 @@ A prefix is a binary number of blocks of R keys, so it is cut into at most log2(
 sizes are powers of two, as in a Fenwick tree (1994, https://doi.org/10.1002/spe.4380240306). Of
 each only the best key is taken, beside the keys of the query's own block. These blocks are the left
 halves that the bulk form of hard-max attention asks anyway (`hardmax_levels`): O(T log^2 T) time.
-The best key of all is among them; the second best is not if it shares a block with the best.
+The best key of all is among them, but for rounding and for what `hardmax_levels.off_axis` says of
+queries along x; the second best is not if it shares a block with the best.
 """
 
 import functools

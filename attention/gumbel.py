@@ -18,10 +18,11 @@ def gumbel(noise: Float[Array, "*B T"], distance: Int[Array, "*#B T S"]) -> Floa
   """Noise for the keys at `distance` from the queries whose seeds are the bits of `noise`, which is
   uniform between 0 and 1.
 
-  float32, 24 bits: from -2.9 to 17.3, so what has less than 2^-24 of the probability is drawn
+  float32, 24 bits: from -2.9 to 16.7, so what has less than 2^-24 of the probability is drawn
   seldom or never.
   """
   seed = lax.bitcast_convert_type(lax.stop_gradient(noise).astype(jnp.float32), jnp.int32)
   bits = tiles.random_bits(seed[..., None], jnp.zeros_like(distance), distance)
   u = (lax.shift_right_logical(bits, jnp.int32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
+  u = jnp.minimum(u, 1 - 2.0**-24)  # the last of these numbers would round to 1
   return -jnp.log(-jnp.log(u))

@@ -104,7 +104,8 @@ def _diagonal(problem: Problem, size: int) -> Winners:
     return jnp.where(ties, steps, -1).max(-1), ties.sum(-1, dtype=jnp.int32)
 
   last, count = (x.reshape(T) for x in lax.map(one, inputs))
-  last = last + jnp.arange(T, dtype=jnp.int32) // size * size
+  start = jnp.arange(T, dtype=jnp.int32) // size * size
+  last = jnp.where(count > 0, start + last, -1)
   return Winners(last, count, last)
 
 
@@ -347,11 +348,13 @@ def _forward(ties, causal, diagonal, q, k, v):
     q, k, v = qkv
     head = _head(q, k, causal, diagonal)
     winners = _all_winners(head)
+    nobody = winners.count == 0
+    winners = winners._replace(last=jnp.where(nobody, -1, winners.last))
+    read = lambda: jnp.where(nobody[:, None], 0, v[winners.last])
     if ties == "latest":
-      return v[winners.last], winners
-    count = winners.count[:, None].astype(v.dtype)
-    alone = (winners.count == 1).all()
-    read = lambda: v[winners.last]
+      return read(), winners
+    count = jnp.maximum(winners.count, 1)[:, None].astype(v.dtype)
+    alone = (winners.count <= 1).all()
     return _when(alone, read, lambda: _sums(head, winners, v) / count), winners
 
   out, winners = lax.map(one, (q, k, v))
@@ -364,8 +367,8 @@ def _backward(ties, causal, diagonal, saved, cotangents):
     S = k.shape[0]
     if ties == "latest":
       return jax.ops.segment_sum(g, winners.last, S)
-    alone = (winners.count == 1).all()
-    g = g / winners.count[:, None].astype(g.dtype)
+    alone = (winners.count <= 1).all()
+    g = g / jnp.maximum(winners.count, 1)[:, None].astype(g.dtype)
     return _when(
       alone,
       lambda: jax.ops.segment_sum(g, winners.last, S),

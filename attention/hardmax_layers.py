@@ -9,11 +9,13 @@ that are the best of some query; layer 1 those that are, when layer 0 is taken o
       then falls. So these k - j lie within k - 1 - j places of that key.
 
 k^2 candidates in all, of which `lax.top_k` takes k. Convex layers (Chazelle 1985,
-https://doi.org/10.1109/TIT.1985.1057060) have the same two properties, but here no hull is built:
-a layer is one more monotone search (`hardmax_levels.search`). Nothing was assumed of ties: a
+https://doi.org/10.1109/TIT.1985.1057060) have the same two properties, but here no hull is built: a
+layer is one more monotone search (`hardmax_levels.search`). Nothing was assumed of ties: a
 duplicate, or a key on an edge that no query chooses, stays for a later layer, when as many keys as
-good as it have been taken out. So where scores are exact, as those of integers, the k scores are
-those of a scan. Elsewhere a key may be missed whose score is below the one taken by rounding.
+good as it have been taken out. So where scores are exact, as those of integers, and slopes of
+queries that differ, differ in float32, the k scores are those of a scan; along x, but for what
+`hardmax_levels.off_axis` says. Elsewhere a key may be missed whose score is above the one taken by
+rounding.
 """
 
 import functools

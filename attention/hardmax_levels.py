@@ -15,10 +15,12 @@ rounds of all levels. Lower half planes ride along: each block's keys are follow
 turned around, and queries with y < 0 come last. Sorted orders of smaller blocks come from those of
 greater ones by stable partition.
 
-Ties are exact. The best key L of a query is the last of its equals in the sorted order. Keys tied
-with it are its duplicates, which lie beside it; keys on the edge of the hull that ends in L, which
-the first query whose best is L finds (its slope is the smallest, so if any query is tied with that
-edge, it is); and the edge's other end, which is the best key of the query before.
+Ties are exact where scores are, and where slopes of queries that differ, differ in float32. (Those
+of (3683, 3259) and (3240, 2867) do not, so either may be sorted before the other; and of slopes
+that underflow all are 0.) The best key L of a query is the last of its equals in the sorted order.
+Keys tied with it are its duplicates, which lie beside it; keys on the edge of the hull that ends in
+L, which the first query whose best is L finds (its slope is the smallest, so if any query is tied
+with that edge, it is); and the edge's other end, which is the best key of the query before.
 """
 
 import functools
@@ -116,8 +118,9 @@ def _rounds(T: int) -> tuple[int, ...]:
 
 
 def off_axis(q: Array) -> Array:
-  """Queries `T 2`; those with y = 0, which need no hull, find their way through one: turned by less
-  than their scores can show, and 0, of which all keys are the best, along y.
+  """Queries `T 2`; those with y = 0, which need no hull, find their way through one: turned by
+  1e-30, so that what they find has the best x, but for 1e-30 of how far apart the keys' y are; and
+  0, of which all keys are the best, along y.
   """
   x, y = q[:, 0], q[:, 1]
   y = jnp.where(y == 0, jnp.where(x == 0, 1.0, 1e-30).astype(q.dtype), y)

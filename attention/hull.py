@@ -15,13 +15,15 @@ GPUs each tree is a program of its own (`pallas_kernels.hull_hopper`), on TPUs t
 all of them a level at a time (`pallas_kernels.hull_tpu`). Both pay where a scan of all keys
 (`attention.ops.hardmax.step`) has some 10^7 of them to read, heads together, by calculation.
 
-Ties, exactly: equal keys share one entry, and all of them count. Queries along an axis, and q = 0,
-are answered by running extremes and totals, whose ties all count. Other distinct keys tie where
-their lines meet. Where float32 holds that slope, the sign of a difference of heights is exact
-(dx m + dy, of differences that float32 holds), so all lines that meet there lie on one path, and
-count, up to 33 of them. At other slopes, such as 1/3, some may be missed: "average" is then the
-mean of some of the best, "latest" the last of some. The score that is read is the best within the
-rounding of float32 in any case. `hardmax_attention` counts all ties.
+Ties, where scores are exact: equal keys share one entry, and all of them count. (Of floats that
+rounding makes tie, a key that is equal to another may be missed, or the newest one counted twice.)
+Queries along an axis, and q = 0, are answered by running extremes and totals, whose ties all count,
+of any keys. Other distinct keys tie where their lines meet. Where float32 holds that slope, the
+sign of a difference of heights is exact (dx m + dy, of differences that float32 holds), so all
+lines that meet there lie on one path, and count, up to 33 of them. At other slopes, such as 1/3,
+some may be missed: "average" is then the mean of some of the best, "latest" the last of some. The
+score that is read is the best within the rounding of float32 in any case. `hardmax_attention`
+counts all ties.
 """
 
 import dataclasses
@@ -84,6 +86,11 @@ class HullState:
     return (self.nodes.shape[0] - _spare(self.stride)) // (self.stride * self.used.shape[0])
 
   @property
+  def head_dim(self) -> int:
+    """H."""
+    return 2
+
+  @property
   def width(self) -> int:
     """h + 1."""
     return self.along_axes.shape[2]
@@ -108,7 +115,7 @@ def init_state(
   if head_dim != 2:
     raise ValueError(f"a hull is for heads of width 2, got head_dim={head_dim}")
   plane.check_ties(ties)
-  if num_heads % num_kv_heads:
+  if num_kv_heads < 1 or num_heads % num_kv_heads:
     raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
   if jnp.dtype(dtype) != jnp.float32:
     raise ValueError(f"the state is float32, got dtype={jnp.dtype(dtype).name}")
@@ -125,9 +132,9 @@ def init_state(
   return HullState(
     nodes=jnp.zeros(nodes, jnp.int32),
     used=jnp.zeros(2 * heads, jnp.int32),
-    entries=jnp.zeros(entries),
-    extremes=jnp.full((5, heads), -jnp.inf).at[0].set(0.0),
-    along_axes=jnp.zeros((5, heads, width)),
+    entries=jnp.zeros(entries, jnp.float32),
+    extremes=jnp.full((5, heads), -jnp.inf, jnp.float32).at[0].set(0.0),
+    along_axes=jnp.zeros((5, heads, width), jnp.float32),
     length=jnp.zeros(batch, jnp.int32),
     steps=jnp.zeros((), jnp.int32),
     ties=ties,
@@ -152,6 +159,7 @@ def prefill(
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
+  native.check(state, q, k, v, "B T")
   return native.prefill(_step_by(implementation), state, q, k, v, lengths)
 
 
@@ -176,6 +184,7 @@ def step(
   `implementation` is "loops", for CPUs, "hopper" or "tpu"; None: the kernel on its chip, else
   loops.
   """
+  native.check(state, q, k, v, "B")
   return _step(implementation, state, q, k, v, jnp.ones(q.shape[:1], bool))
 
 
@@ -251,7 +260,7 @@ def _step(
   value = v.astype(jnp.float32).reshape(X, -1)
   token = _Token(
     k.reshape(X, 2).astype(jnp.float32),
-    jnp.concatenate([value, jnp.ones((X, 1))], axis=1),
+    jnp.concatenate([value, jnp.ones((X, 1), jnp.float32)], axis=1),
     jnp.repeat(valid & (state.steps < state.capacity), k.shape[1]),
     q.reshape(-1, 2).astype(jnp.float32),
   )
@@ -321,7 +330,7 @@ def _insert_all(state: HullState, token: _Token, after: Array) -> tuple[HullStat
 
   nodes = native.unwritten(state.nodes, li_chao.WIDTH, after)
   start = nodes, state.used, jnp.full_like(state.used, -1)
-  nodes, used, merged = lax.fori_loop(0, state.used.shape[0], one, start)
+  nodes, used, merged = native.times(state.used.shape[0], one, start)
   return dataclasses.replace(state, nodes=nodes.written(), used=used), merged
 
 
@@ -351,7 +360,7 @@ def _seek_all(state: HullState, token: _Token) -> Array:
     found, c = lax.while_loop(lambda c: c[1].going != 0, seek, start)
     return native.put(found, first, 2 * c.count + asking.own_is_best(c))
 
-  return lax.fori_loop(0, asks, one, jnp.zeros(asks * (li_chao.FOUND + 1), jnp.int32))
+  return native.times(asks, one, jnp.zeros(asks * (li_chao.FOUND + 1), jnp.int32))
 
 
 def _read_all(state: HullState, token: _Token, found: Array, merged: Array) -> Array:
@@ -376,8 +385,8 @@ def _read_all(state: HullState, token: _Token, found: Array, merged: Array) -> A
     start = (_side(x, y) * heads + head) * w
     return native.add(out, ask * w, along_axes, start, jnp.where(axis, w, 0), True)
 
-  start = native.unwritten(jnp.zeros(asks * w + 1), 1)
-  return lax.fori_loop(0, asks, one, start).written()[:-1].reshape(asks, w)
+  start = native.unwritten(jnp.zeros(asks * w + 1, jnp.float32), 1)
+  return native.times(asks, one, start).written()[:-1].reshape(asks, w)
 
 
 # On a chip: each tree is a program, and what is left of a step is array operations.

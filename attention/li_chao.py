@@ -118,7 +118,7 @@ def meet(ties: str, row: Any, c: Sinking) -> tuple[tuple[Array, ...], Sinking]:
     jnp.where(new & ~right, child, left), jnp.where(new & right, child, right_child),
   )  # fmt: skip
   merged = c.merged if ties == "latest" else jnp.where(equal, there.entry, c.merged)
-  used, going = c.used + empty.astype(jnp.int32), jnp.where(stop, 0, 1)
+  used, going = c.used + empty.astype(jnp.int32), (~stop).astype(jnp.int32)
   return row, Sinking(child, place, turned, lower, used, merged, going)
 
 
@@ -153,7 +153,7 @@ def asking(
 
   def start(used):
     along_axis = aim.axis | (aim.x == 0)  # What is read there is known without a walk.
-    going = jnp.where(along_axis | (used == 0), 0, 1)
+    going = (~along_axis & (used != 0)).astype(jnp.int32)
     last = jnp.where(own > -jnp.inf, token, 0)
     return Seeking(jnp.int32(0), _root(), own, last, jnp.int32(0), going)
 
@@ -168,7 +168,7 @@ def asking(
     slope = plane.ordered_bits(jnp.clip(aim.slope, -_LARGEST, _LARGEST))
     right = slope > c.place.middle
     child = jnp.where(right, row[4], row[3])
-    going = jnp.where((child == 0) | (c.place.low == c.place.high), 0, 1)
+    going = ((child != 0) & (c.place.low != c.place.high)).astype(jnp.int32)
     best = jnp.maximum(c.best, height)
     return Seeking(child, c.place.half(right), best, last, count, going), slot, entry
 
@@ -183,7 +183,7 @@ def with_own(
 ) -> tuple[Array, Array]:
   """Which entry comes behind the `count` that were found, and how many there are then: one more if
   the token's own key is as good (`own`), unless its values are with those of an equal key,
-  `merged`, that was found.
+  `merged`, which was found too where scores are exact.
   """
   more = count == 0
   if ties == "average":

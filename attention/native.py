@@ -14,7 +14,7 @@ On other chips every turn is a launch: nothing here is for them.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,11 @@ def unwritten(array: Array, width: int, after: Array | int = 0) -> Rows:
   return Rows(array, jnp.int32(array.shape[0] - width), last)
 
 
+def times(count: int, turn: Callable[[Array, Any], Any], start: Any) -> Any:
+  """`lax.fori_loop` from 0 on whose turns are numbered in int32, with `jax_enable_x64` too."""
+  return lax.fori_loop(0, count, lambda i, carry: turn(i.astype(jnp.int32), carry), start)
+
+
 def add(to: Rows, at: Array, new: Array, start: Array, width: Array, fresh: Array | bool) -> Rows:
   """`width` numbers of `new` from `start` on are added at `at`, or with `fresh` put there. Rows of
   one number.
@@ -125,7 +130,48 @@ def entered(
       last = entry
     return rows
 
-  return lax.fori_loop(0, heads, one, unwritten(entries, 1)).written()
+  return times(heads, one, unwritten(entries, 1)).written()
+
+
+class Heads(Protocol):
+  """What a state tells of the tokens that it can read."""
+
+  @property
+  def length(self) -> Array:
+    """`B`."""
+
+  @property
+  def heads(self) -> int:
+    """B K."""
+
+  @property
+  def head_dim(self) -> int:
+    """H."""
+
+  @property
+  def width(self) -> int:
+    """h + 1."""
+
+
+def check(state: Heads, q: Array, k: Array, v: Array, lead: str) -> None:
+  """ValueError unless `B T N H`, `B T K H` and `B T K h` fit the state, each other and, where they
+  are of one token, `lead` "B".
+  """
+  B, H, h = state.length.shape[0], state.head_dim, state.width - 1
+  K, axes = state.heads // max(B, 1), len(lead.split())
+  front = (B, *q.shape[1:axes])
+  if (
+    q.ndim != axes + 2
+    or (q.shape[:axes], q.shape[-1]) != (front, H)
+    or (k.shape, v.shape) != ((*front, K, H), (*front, K, h))
+    or q.shape[-2] % K
+  ):
+    where = lead.replace(" ", ", ")
+    raise ValueError(
+      f"q, k and v must be [{where}, N, H], [{where}, K, H] and [{where}, K, h] with B={B}, K={K}, "
+      f"H={H} and h={h} as in the state and K a divisor of N, not {list(q.shape)}, "
+      f"{list(k.shape)} and {list(v.shape)}"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

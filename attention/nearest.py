@@ -60,7 +60,17 @@ class NearestState:
   @property
   def capacity(self) -> int:
     """C: tokens there is room for."""
-    return self.nodes.shape[0] // _WIDTH // self.heads - 1
+    return (self.nodes.shape[0] // _WIDTH - 1) // self.heads - 1
+
+  @property
+  def head_dim(self) -> int:
+    """H."""
+    return 1
+
+  @property
+  def width(self) -> int:
+    """h + 1."""
+    return self.entries.shape[0] // (self.heads * (self.capacity + 1))
 
 
 def init_state(
@@ -78,7 +88,7 @@ def init_state(
   Raises: ValueError: unknown ties, heads that do not divide, or more than int32 can number.
   """
   plane.check_ties(ties)
-  if num_heads % num_kv_heads:
+  if num_kv_heads < 1 or num_heads % num_kv_heads:
     raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
   heads, width = batch * num_kv_heads, value_dim + 1
   if max(_WIDTH, width) * (max_length + 2) * heads >= 2**31:
@@ -88,7 +98,7 @@ def init_state(
   return NearestState(
     nodes=jnp.zeros(heads * (max_length + 1) * _WIDTH + _WIDTH, jnp.uint32),
     used=jnp.zeros(heads, jnp.int32),
-    entries=jnp.zeros((max_length + 1) * heads * width),
+    entries=jnp.zeros((max_length + 1) * heads * width, jnp.float32),
     length=jnp.zeros(batch, jnp.int32),
     steps=jnp.zeros((), jnp.int32),
     ties=ties,
@@ -106,6 +116,7 @@ def prefill(
   """Reads T tokens after those that the state holds, in one compiled loop. Row b has `lengths[b]`
   of them; the rest is padding, which takes room, and its outputs are 0.
   """
+  native.check(state, q, k, v, "B T")
   return native.prefill(_step, state, q, k, v, lengths)
 
 
@@ -116,6 +127,7 @@ def step(
   v: Float[Array, "B K h"],
 ) -> tuple[NearestState, Float[Array, "B N h"]]:
   """Reads one token, its own key included. Donate the state, or all of it is copied."""
+  native.check(state, q, k, v, "B")
   return _step(state, q, k, v, jnp.ones(q.shape[:1], bool))
 
 
@@ -127,8 +139,8 @@ def at_positions(
   """
   (B, _, N), K = q.shape, v.shape[2]
   last = jnp.broadcast_to(jnp.asarray(length, jnp.int32), (B,))[:, None, None] - 1
-  at = jnp.clip(jnp.round(q.astype(jnp.float32)), 0, 2**24).astype(jnp.int32)
-  at = jnp.minimum(at, jnp.maximum(last, 0))
+  at = jnp.clip(jnp.round(q.astype(jnp.float32)), 0, 2**31 - 128).astype(jnp.int32)
+  at = jnp.clip(at, 0, jnp.maximum(last, 0))  # not by a float, which would be another number
   rows, heads = jnp.arange(B)[:, None, None], (jnp.arange(N) // (N // K))[None, None]
   return jnp.where((last >= 0)[..., None], v[rows, at, heads], 0)
 
@@ -140,7 +152,7 @@ def _step(
   (B, N, _), K = q.shape, k.shape[1]
   keep = jnp.repeat(valid & (state.steps < state.capacity), K)
   value = v.astype(jnp.float32).reshape(B * K, -1)
-  new = jnp.concatenate([value, jnp.ones((B * K, 1))], axis=1)
+  new = jnp.concatenate([value, jnp.ones((B * K, 1), jnp.float32)], axis=1)
   state, merged = _insert_all(state, _ordered(k.reshape(-1)), keep)
   merged = None if state.ties == "latest" else merged[:, None]
   entries = native.entered(state.entries, state.steps, new, merged)
@@ -223,7 +235,7 @@ def _insert_all(state: NearestState, key: Array, keep: Array) -> tuple[NearestSt
     return c.nodes, native.put(used, head, c.used), native.put(merged, head, c.merged)
 
   start = native.unwritten(state.nodes, _WIDTH), state.used, jnp.full_like(state.used, -1)
-  nodes, used, merged = lax.fori_loop(0, state.heads, one, start)
+  nodes, used, merged = native.times(state.heads, one, start)
   return dataclasses.replace(state, nodes=nodes.written(), used=used), merged
 
 
@@ -285,6 +297,6 @@ def _query_all(state: NearestState, query: Array, group: int, w: int) -> Array:
       out = native.add(out, ask * w, state.entries, start, width, fresh)
     return out
 
-  out = lax.fori_loop(0, asks, one, native.unwritten(jnp.zeros(asks * w + 1), 1))
+  out = native.times(asks, one, native.unwritten(jnp.zeros(asks * w + 1, jnp.float32), 1))
   out = out.written()[:-1].reshape(asks, w)
   return out[:, :-1] / jnp.maximum(out[:, -1:], 1.0)

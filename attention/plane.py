@@ -4,14 +4,14 @@
 
 A tie is an equality of floats, so every form must round as the others do. Compilers contract `a b +
 c d` into a fused multiply-add, or not, loop by loop, and a matrix product adds in an order of its
-own; `score` forbids both, and equals NumPy's elementwise float32 bit for bit. What is here is
-elementwise and small.
+own; `score` forbids both, and equals NumPy's elementwise float32 bit for bit, but that a product
+below float32's normal range may become 0. What is here is elementwise and small.
 """
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
@@ -40,6 +40,12 @@ def check_ties(ties: str) -> None:
   """ValueError unless it is one of `TIES`."""
   if ties not in TIES:
     raise ValueError(f"ties={ties!r} is unknown; {suggest(ties, TIES)}")
+
+
+def check_count(name: str, value: int) -> None:
+  """ValueError unless it is an integer of at least 1."""
+  if not isinstance(value, int | np.integer) or value < 1:
+    raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
 
 
 def score(query: tuple[Array, ...], key: tuple[Array, ...]) -> Array:
@@ -98,6 +104,12 @@ def _rounded(product: Array, nothing: Array) -> Array:
 
 
 def _hidden_zero(x: Array) -> Array:
-  """An unsigned 0 that no compiler can know: whether a number differs from itself."""
-  first = lax.stop_gradient(x)[(0,) * x.ndim]
-  return jax.lax.convert_element_type(first != first, _UNSIGNED[x.dtype.itemsize])
+  """An unsigned 0 that no compiler can know: a square is 0, 1 or 4 modulo 8, so no two of its last
+  three bits are set, whatever the number's bits are, those of NaN included.
+  """
+  kind = _UNSIGNED[x.dtype.itemsize]
+  if not x.size:
+    return jnp.zeros((), kind)
+  bits = lax.bitcast_convert_type(lax.stop_gradient(x)[(0,) * x.ndim], kind)
+  square = bits * bits
+  return square & (square >> 2) & 1

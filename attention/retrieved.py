@@ -88,6 +88,8 @@ def attend(
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
   """The output, float32 or float64, and the part of the whole softmax that was retrieved."""
   dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
+  if 0 in (*q.shape[:3], k.shape[1]):
+    return jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.zeros(q.shape[:3], jnp.float32)
   q, k, v = (x.astype(dtype) for x in (q, k, v))
   call = Call(q, k, v, mask, top_k, scale)
   index, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)

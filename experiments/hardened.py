@@ -18,6 +18,7 @@ against the step, soft and hard.
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import sys
 import time
@@ -168,13 +169,24 @@ def sharpened(params: Any, factor: jax.Array | float) -> Any:
   return jax.tree_util.tree_map_with_path(times, params)
 
 
+def calls(steps: int) -> list[tuple[str, int, int]]:
+  """Which model trains from which step to which: `mqar.CHUNK` of them, and fewer where the last
+  part begins or the steps end.
+  """
+  last = math.ceil(HARD * steps)
+  ends = sorted({*range(0, steps, mqar.CHUNK), last, steps})
+  return [
+    ("soft" if done < last else "through", done, end) for done, end in itertools.pairwise(ends)
+  ]
+
+
 def train(
   config: Config, options: Options, models: Mapping[str, Model], data: tuple[Records, Records]
 ) -> tuple[Any, list[dict[str, float]]]:
   """The sharpened parameters, and for each call the step, the hardness and right answers."""
   optimizer = learning.make_optimizer(config.optim, config.steps)
   train_data, valid = data
-  count, size = train_data["inputs"].shape[0], min(mqar.CHUNK, config.steps)
+  count = train_data["inputs"].shape[0]
 
   def step(name: str, carry: Any, index: jax.Array) -> tuple[Any, None]:
     params, opt_state = carry
@@ -191,8 +203,10 @@ def train(
       updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), None
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def some_steps(name: str, carry: Any, first: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def some_steps(
+    name: str, size: int, carry: Any, first: jax.Array
+  ) -> tuple[Any, dict[str, jax.Array]]:
     indices = first + jnp.arange(size, dtype=jnp.int32)
     carry, _ = jax.lax.scan(functools.partial(step, name), carry, indices)
     factor = hardness(first + size, options)
@@ -202,10 +216,9 @@ def train(
 
   params = jax.jit(models["soft"].init)(jax.random.key(config.seed))
   carry, curve = (params, optimizer.init(params)), []
-  for done in range(0, config.steps, size):
-    name = "soft" if done < HARD * config.steps else "through"
-    carry, seen = some_steps(name, carry, jnp.int32(done))
-    curve.append({"step": done + size, **{key: round(float(x), 5) for key, x in seen.items()}})
+  for name, done, end in calls(config.steps):
+    carry, seen = some_steps(name, end - done, carry, jnp.int32(done))
+    curve.append({"step": end, **{key: round(float(x), 5) for key, x in seen.items()}})
     print(", ".join(f"{key} {x:g}" for key, x in curve[-1].items()), file=sys.stderr, flush=True)
   return sharpened(carry[0], curve[-1]["hardness"]), curve
 

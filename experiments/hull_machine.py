@@ -79,8 +79,10 @@ def prepare(options: Options) -> Run:
       raise UserError(flags.unknown("--caches", cache, CACHES))
   try:
     lengths = sorted({int(float(text)) for text in options.lengths.split(",")})
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise UserError(f"--lengths are numbers with commas, not {options.lengths!r}") from error
+  if lengths[0] < 2:
+    raise UserError(f"--lengths are of 2 tokens at the least, not {options.lengths!r}")
   task = programs.make(options.program, options.size)
   tokens = trace(task.program.image, options.steps)
   fitting = tuple(n for n in lengths if n <= len(tokens))

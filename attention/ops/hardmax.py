@@ -17,9 +17,12 @@ receives what its readers do, ties sharing. `straight_through` lends q and k the
 softmax over a few best keys; `top_k_attention` is that softmax, with its true gradient.
 
 O(T S (H + h)) time, O(T + S) memory for `tiled` and the kernels; O(T log^2 T) time, O(T) memory for
-`bulk`, whose heads are of width 2. Where scores are exact `bulk` finds the same winners. Elsewhere,
-on a round hull, it may take a key whose score is less than the best by rounding, at most 2e-7 of
-its terms. Decoding keeps the keys and values.
+`bulk`, whose heads are of width 2. Where scores are exact, and slopes q_1 / q_2 that differ, differ
+in float32, `bulk` finds the same winners. Elsewhere, on a round hull, it may take a key whose score
+is less than the best by rounding: at most 2e-7 of its terms, if no slope underflows. Decoding keeps
+the keys and values.
+
+Of keys and queries that are NaN nothing is promised, but that no form reads a later token for them.
 """
 
 import functools
@@ -136,9 +139,9 @@ def hardmax_attention(
     mask: who may attend to whom, a bool array broadcastable to `B N T S` (True: may) or a `Mask`.
     ties: of several best keys "average" reads the mean of the values, "latest" the last one's.
     is_causal: only keys `s <= t`.
-    straight_through: a temperature. The output stays hard, and queries and keys get the gradient of
-      softmax(score / temperature) over the `candidates` best keys; values get the hard one.
-      None: queries and keys get none.
+    straight_through: a temperature, which may be traced. The output stays hard, and queries and
+      keys get the gradient of softmax(score / temperature) over the `candidates` best keys; values
+      get the hard one. None: queries and keys get none.
     candidates: how many keys compete in `straight_through`, as in `top_k_attention`.
     implementation: "hopper" or "tpu" (that chip's kernel; widths to 8, masks of positions), "bulk"
       (width 2, causal or unmasked), "tiled" or "reference". None: the fastest that runs this call
@@ -153,11 +156,14 @@ def hardmax_attention(
     NotImplementedError: the named implementation cannot run this call, with the reason.
   """
   call = describe(query, key, value, mask, ties=ties, is_causal=is_causal)
+  if straight_through is not None:
+    plane.check_count("candidates", candidates)
+    if not isinstance(straight_through, jax.core.Tracer):
+      shapes.check_positive("straight_through", straight_through)
   out, winners = dispatch.run(implementation, IMPLEMENTATIONS, call)
   # Winners whose scores are 0 and -0 tie: whose score it is must not show.
   winners = winners._replace(score=jnp.where(winners.score == 0, 0.0, winners.score))
   if straight_through is not None:
-    shapes.check_positive("straight_through", straight_through)
     soft, _ = retrieved.attend(
       call.query, call.key, jax.lax.stop_gradient(call.value), call.mask,
       top_k=candidates, scale=1 / straight_through,
@@ -256,11 +262,11 @@ def softmax_mass(
 ) -> Float[Array, "*B T N"]:
   """What part of the causal softmax over all keys the keys at `index` hold: O(T S) time."""
   call = describe(query, key, key, is_causal=True)
-  q, k, v = _widened(call)
-  scale = q.shape[3] ** -0.5 if scale is None else scale
+  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  best = retrieved.Call(*_widened(call), call.mask, 1, scale)
   index = index if index.ndim == 4 else index[None]
-  _, lse = retrieved.retrieve(q, k, call.mask, top_k=1, scale=scale)
-  mass = retrieved.softmax_over(q, k, v, index, lse, scale=scale)[1]
+  _, lse = dispatch.run("scan", retrieved.IMPLEMENTATIONS, best)
+  mass = retrieved.softmax_over(*best[:3], index, lse, scale=scale)[1]
   return mass[0] if query.ndim == 3 else mass
 
 
@@ -280,13 +286,14 @@ def direction_grid_attention(
     cells: n, of the grid on each face of the cube.
 
   Returns:
-    `B T N h` in the dtype of value, and which key was read, int32 `B T N`.
+    `B T N h` in the dtype of value, and which key was read, int32 `B T N`, -1 for none.
 
   Raises:
-    ValueError: shapes that do not fit each other.
+    ValueError: shapes that do not fit each other, or no cells.
     NotImplementedError: heads of another width, or T is not S.
   """
   call = describe(query, key, value, is_causal=True)
+  plane.check_count("cells", cells)
   (T, H), S = (call.query.shape[i] for i in (1, 3)), call.key.shape[1]
   if H != 3 or T != S:
     raise NotImplementedError(f"a grid of directions needs H = 3 and T = S, not {H}, {T} and {S}")
@@ -294,28 +301,36 @@ def direction_grid_attention(
   index = direction_grid.winners(q, k, cells=cells)
   N, K = q.shape[2], k.shape[2]
   rows, heads = jnp.arange(q.shape[0])[:, None, None], (jnp.arange(N) // (N // K))[None, None]
-  out = call.value[rows, index, heads]
+  out = jnp.where(index[..., None] < 0, 0, call.value[rows, index, heads])
   return (out[0], index[0]) if query.ndim == 3 else (out, index)
 
 
 def nearest_key_attention(
   query: Query, key: Key, value: Value, mask: MaskArray | Mask | None = None, **options: Any
 ) -> Any:
-  """Attention to the nearest key: hard-max attention of lifted vectors, exactly.
+  """Attention to the nearest key: hard-max attention of lifted vectors.
 
       argmin_s |q - k_s|^2 = argmax_s (q, 1) . (2 k_s, -|k_s|^2)
 
   Keys on a line become points of a parabola, of width 2, which `bulk` runs in O(T log^2 T). Takes
   the options of `hardmax_attention`.
+
+  In float32, or float64 if they are that. Exact for integers: in float32 up to 4096 in magnitude on
+  a line, for vectors no longer than 2364 in a space; elsewhere but for rounding of |q|^2 and |k|^2.
   """
-  q, k = lift(query, key)
-  return hardmax_attention(q, k, value, mask, **options)
+  shapes.batched(query, key, value)
+  found = hardmax_attention(*lift(query, key), _wide(value), mask, **options)
+  narrow = lambda out: out.astype(value.dtype)
+  return (narrow(found[0]), found[1]) if isinstance(found, tuple) else narrow(found)
 
 
 def lift(
   query: Float[Array, "*T H"], key: Float[Array, "*S H"]
 ) -> tuple[Float[Array, "*T H+1"], Float[Array, "*S H+1"]]:
-  """(q, 1) and (2 k, -|k|^2), whose product is |q|^2 - |q - k|^2."""
+  """(q, 1) and (2 k, -|k|^2), whose product is |q|^2 - |q - k|^2: float32, or float64 as they are,
+  for in half precision a square is no longer that of its number.
+  """
+  query, key = _wide(query), _wide(key)
   square = -(key * key).sum(-1, keepdims=True)
   one = jnp.ones((*query.shape[:-1], 1), query.dtype)
   return jnp.concatenate([query, one], -1), jnp.concatenate([2 * key, square], -1)
@@ -323,8 +338,11 @@ def lift(
 
 def _widened(call: Call) -> tuple[Array, Array, Array]:
   """In float32, or float64 if they are that."""
-  dtype = jnp.float64 if call.query.dtype == jnp.float64 else jnp.float32
-  return call.query.astype(dtype), call.key.astype(dtype), call.value.astype(dtype)
+  return _wide(call.query), _wide(call.key), _wide(call.value)
+
+
+def _wide(x: Array) -> Array:
+  return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _reference(call: Call) -> tuple[Array, Winners]:
@@ -360,6 +378,7 @@ def _bulk(call: Call) -> tuple[Array, Winners]:
   rows = jnp.arange(q.shape[0])[:, None, None]
   best = jax.lax.stop_gradient(k)[rows, winners.last, heads]
   score = plane.score(*((x[..., 0], x[..., 1]) for x in (jax.lax.stop_gradient(q), best)))
+  score = jnp.where(winners.count > 0, score, -jnp.inf)
   return out, Winners(score.astype(jnp.float32), winners.count, winners.last)
 
 
@@ -379,8 +398,8 @@ def _short(call: Call) -> str | None:
 
 
 def _empty(call: Call) -> str | None:
-  T, S = call.query.shape[1], call.key.shape[1]
-  return f"there is no tile: T={T}, S={S}" if min(T, S) == 0 else None
+  (B, T), S = call.query.shape[:2], call.key.shape[1]
+  return f"there is no tile: B={B}, T={T}, S={S}" if 0 in (B, T, S) else None
 
 
 def _long(call: Call) -> str | None:
@@ -441,8 +460,7 @@ def describe_top_k(
 ) -> retrieved.Call:
   """`describe`, of the arguments of `top_k_attention`."""
   call = describe(query, key, value, mask, is_causal=is_causal)
-  if top_k < 1:
-    raise ValueError(f"top_k must be at least 1, not {top_k}")
+  plane.check_count("top_k", top_k)
   scale = call.query.shape[3] ** -0.5 if scale is None else scale
   return retrieved.Call(*call[:4], top_k, scale)
 
@@ -537,9 +555,10 @@ def step(
     qkv = (x[:, None] for x in (q, k, v))
     state, out = prefill(state, *qkv, top_k=top_k, scale=scale)
     return state, out[:, 0]
+  plane.check_ties(ties)
   state, _, _ = append(state, k[:, None], v[:, None], None)
   (B, N, H), (S, K) = q.shape, state.key.shape[1:3]
-  query, key = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, state.key))
+  query, key = _wide(q), _wide(state.key)
   score = plane.scores(query.reshape(B, K, N // K, H), key.swapaxes(1, 2))
   slots = jnp.arange(S, dtype=jnp.int32)[None, None, None]
   score = jnp.where(slots < state.length[:, None, None, None], score, -jnp.inf)
@@ -549,32 +568,30 @@ def step(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _read(tied: jax.Array, value: jax.Array, ties: str) -> jax.Array:
-  """The values `B K G h` of the slots that are tied, `B K G S`; `value` is the cache, `B S K h`."""
+  """The values `B K G h` of the slots that are tied, `B K G S`, in float32 at the least; `value`,
+  `B S K h`, is the cache.
+  """
   slots, value = jnp.arange(tied.shape[3], dtype=jnp.int32), value.swapaxes(1, 2)
   last, count = jnp.where(tied, slots, 0).max(-1), tied.sum(-1, dtype=jnp.int32)
-  read = lambda: jnp.take_along_axis(value[:, :, None], last[..., None, None], axis=3)[:, :, :, 0]
+
+  def read():
+    one = jnp.take_along_axis(value[:, :, None], last[..., None, None], axis=3)[:, :, :, 0]
+    return jnp.where(count[..., None] > 0, _wide(one), 0)
 
   def average():
-    total = jnp.einsum("bkgs,bksh->bkgh", tied.astype(value.dtype), value, precision="highest")
-    return total / jnp.maximum(count, 1)[..., None].astype(value.dtype)
+    total = jnp.einsum(
+      "bkgs,bksh->bkgh", tied.astype(value.dtype), value, precision="highest",
+      preferred_element_type=jnp.float64 if value.dtype == jnp.float64 else jnp.float32,
+    )  # fmt: skip
+    return total / jnp.maximum(count, 1)[..., None].astype(total.dtype)
 
   return jax.lax.cond(ties == "latest" or (count <= 1).all(), read, average)
 
 
 def cost(
-  B: int,
-  T: int,
-  S: int,
-  N: int,
-  K: int,
-  H: int,
-  h: int,
-  *,
-  itemsize: int = 4,
-  ties: str = "average",
-  top_k: int | None = None,
-  scale: float | None = None,
-) -> Cost:
+  B: int, T: int, S: int, N: int, K: int, H: int, h: int, *, itemsize: int = 4,
+  ties: str = "average", top_k: int | None = None, scale: float | None = None,
+) -> Cost:  # fmt: skip
   """Causal attention of T queries to S keys that end together, by a scan of all keys."""
   del ties, scale
   pairs = T * (S - (T - 1) / 2)

@@ -32,7 +32,7 @@ from attention.gumbel import gumbel
 from attention.kv_cache import Cache as State
 from attention.kv_cache import append, make_cache
 from attention.masks import Mask
-from attention.types import Cost
+from attention.types import Cost, MaskArray
 
 _SCORES = 2**20
 """Scores that `rows` holds at once, all heads together."""
@@ -60,7 +60,7 @@ class Call(NamedTuple):
   positions: Int[Array, "#B T"]
   """Of the queries among the keys."""
   scale: float
-  temperature: float | None
+  temperature: float | Array | None
 
 
 @overload
@@ -68,10 +68,10 @@ def stochastic_attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K h"],
-  mask: Mask | None = None,
+  mask: MaskArray | Mask | None = None,
   *,
   noise: Float[Array, "B T N"] | None,
-  temperature: float | None = None,
+  temperature: float | Array | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   positions: Int[Array, "#B T"] | None = None,
@@ -85,10 +85,10 @@ def stochastic_attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K h"],
-  mask: Mask | None = None,
+  mask: MaskArray | Mask | None = None,
   *,
   noise: Float[Array, "B T N"] | None,
-  temperature: float | None = None,
+  temperature: float | Array | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   positions: Int[Array, "#B T"] | None = None,
@@ -102,10 +102,10 @@ def stochastic_attention(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K h"],
-  mask: Mask | None = None,
+  mask: MaskArray | Mask | None = None,
   *,
   noise: Float[Array, "B T N"] | None,
-  temperature: float | None = None,
+  temperature: float | Array | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   positions: Int[Array, "#B T"] | None = None,
@@ -118,10 +118,11 @@ def stochastic_attention(
     query: `B T N H`.
     key: `B S K H`; K divides N, and each key head serves N / K query heads in a row.
     value: `B S K h`.
-    mask: who may attend to whom; None: everybody.
+    mask: who may attend to whom, a bool array broadcastable to `B N T S` (True: may) or a `Mask`;
+      None: everybody.
     noise: uniform between 0 and 1, as from `jax.random.uniform`; None: the expected output.
-    temperature: of straight-through Gumbel gradients for queries and keys. None: none through the
-      output, as `reinforce` needs it.
+    temperature: of straight-through Gumbel gradients for queries and keys; it may be traced. None:
+      none through the output, as `reinforce` needs it.
     scale: of the dot products; None: H^-0.5.
     is_causal: only keys `s <= t`.
     positions: of the queries among the keys; None: 0, 1, ...
@@ -138,7 +139,10 @@ def stochastic_attention(
     query, key, value, mask, noise=noise, temperature=temperature, scale=scale,
     is_causal=is_causal, positions=positions,
   )  # fmt: skip
-  out, draws = dispatch.run(implementation, IMPLEMENTATIONS, call)
+  if 0 in (*query.shape[:3], key.shape[1]):
+    out, draws = _nothing(call)
+  else:
+    out, draws = dispatch.run(implementation, IMPLEMENTATIONS, call)
   out = out.astype(value.dtype)
   return (out, draws) if return_draws else out
 
@@ -175,6 +179,14 @@ def moving_average(
 ) -> Float[Array, ""]:
   """The next baseline: b <- keep b + (1 - keep) mean log p(y | s), equation 12."""
   return jax.lax.stop_gradient(keep * baseline + (1 - keep) * log_likelihood.mean())
+
+
+def _nothing(call: Call) -> tuple[Array, Draws]:
+  """Of a call without queries or without keys."""
+  shape = call.query.shape[:3]
+  zero = jnp.zeros(shape, jnp.float64 if call.query.dtype == jnp.float64 else jnp.float32)
+  out = jnp.zeros((*shape, call.value.shape[3]), call.value.dtype)
+  return out, Draws(jnp.full(shape, -1, jnp.int32), zero, zero)
 
 
 def _reference(call: Call) -> tuple[Array, Draws]:
@@ -239,7 +251,7 @@ def _some_rows(call: Call, rows: Int[Array, " q"]) -> tuple[Array, Draws]:
   if call.noise is not None:
     noise = call.noise[:, rows].transpose(0, 2, 1).reshape(B, K, N // K, T)
     distance = call.positions[:, rows][:, None, None, :, None] - k_idx[None, None, None, None]
-    noisy = score + gumbel(noise, distance).astype(dtype)
+    noisy = jnp.where(seen, score + gumbel(noise, distance).astype(dtype), -jnp.inf)
   index = noisy.argmax(-1).astype(jnp.int32)
   hard = (k_idx[None, None, None, None] == index[..., None]) & seen
   weight = p
@@ -266,10 +278,10 @@ def describe(
   query: Array,
   key: Array,
   value: Array,
-  mask: Mask | None = None,
+  mask: MaskArray | Mask | None = None,
   *,
   noise: Array | None,
-  temperature: float | None = None,
+  temperature: float | Array | None = None,
   scale: float | None = None,
   is_causal: bool = False,
   positions: Array | None = None,
@@ -280,11 +292,20 @@ def describe(
   shapes.agree(query, key, value)
   if noise is not None and noise.shape != query.shape[:3]:
     raise ValueError(f"noise must be [B, T, N] = {list(query.shape[:3])}, not {list(noise.shape)}")
-  if temperature is not None:
-    shapes.check_positive("temperature", temperature)
-  mask = masks.everything() if mask is None else mask
+  if temperature is not None and not isinstance(temperature, jax.core.Tracer):
+    shapes.check_positive("temperature", float(temperature))
+  (B, T, N, _), S = query.shape, key.shape[1]
+  if mask is None:
+    mask = masks.everything()
+  elif not isinstance(mask, Mask):
+    mask = shapes.broadcastable("mask", mask, (B, N, T, S))
+    mask = masks.from_array(jnp.broadcast_to(mask, (*mask.shape[:2], T, S)))
   if positions is None:
-    positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+  elif positions.shape not in ((B, T), (1, T)):
+    raise ValueError(
+      f"positions must be [B, T] = {[B, T]} or {[1, T]}, not {list(positions.shape)}"
+    )
   return Call(
     query, key, value, mask & masks.causal() if is_causal else mask, noise, positions,
     query.shape[3] ** -0.5 if scale is None else scale, temperature,
@@ -302,7 +323,7 @@ def attend(
   noise: Float[Array, "B T N"] | None = None,
   is_causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
-  temperature: float | None = 1.0,
+  temperature: float | Array | None = 1.0,
   scale: float | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B T N h"]:
@@ -348,7 +369,7 @@ def prefill(
   *,
   noise: Float[Array, "B T N"] | None = None,
   lengths: Int[Array, " B"] | None = None,
-  temperature: float | None = 1.0,
+  temperature: float | Array | None = 1.0,
   scale: float | None = None,
 ) -> tuple[State, Float[Array, "B T N h"]]:
   """Reads T tokens after those that the state holds, the first `lengths[b]` of row b."""

@@ -19,6 +19,7 @@ from attention import (
   linear_attention,
   linear_scan,
   segments,
+  softmax_mass,
 )
 from attention.dispatch import Implementation
 
@@ -79,8 +80,9 @@ def test_explain_raises_what_the_call_would():
     linear_attention,
     hardmax_attention,
     lambda q, k, v: linear_scan(v[:, :, 0], -(k[:, :, 0] ** 2)),
+    lambda q, k, v: softmax_mass(q, k, jnp.zeros((*q.shape[:3], 1), int)) * v[..., 0],
   ],
-  ids=["tiled", "numpy", "linear", "hardmax", "linear_scan"],
+  ids=["tiled", "numpy", "linear", "hardmax", "linear_scan", "softmax_mass"],
 )
 def test_outside_of_jit_a_call_like_one_before_compiles_nothing(attend, caplog):
   """Loops had been compiled anew by every call: half a second of each."""
@@ -98,8 +100,10 @@ def test_outside_of_jit_a_call_like_one_before_compiles_nothing(attend, caplog):
 def test_a_mask_of_numpy_arrays_is_that_of_jax_arrays(jit):
   q, k, v = kit.Case().inputs()
   run = jit(functools.partial(dot_product_attention, implementation="tiled"))
-  out, want = (run(q, k, v, mask=segments(ids)) for ids in (IDS, jnp.asarray(IDS)))
-  kit.assert_same("out", out, want)
+  odd = from_function(lambda q, k: (q + k) % 3 != 0)
+  for mask in (segments, lambda ids: segments(ids) & odd):
+    out, want = (run(q, k, v, mask=mask(ids)) for ids in (IDS, jnp.asarray(IDS)))
+    kit.assert_same("out", out, want)
 
 
 def test_what_a_function_of_the_caller_reads_may_change():

@@ -27,3 +27,10 @@ def test_it_depends_on_seed_and_distance_alone():
   g = np.asarray(gumbel(noise, distance))
   np.testing.assert_array_equal(g[2], g[0, [2, 0, 1]])
   assert (g[0] != g[1]).all()
+
+
+def test_the_greatest_draw_is_finite():
+  """24 bits that are all set, and half a step more, are 1 in float32, whose noise is infinite."""
+  g = gumbel(jnp.asarray([0.7433179616928101]), jnp.asarray([[2, 3]], jnp.int32))
+  np.testing.assert_allclose(g[0, 0], -np.log(-np.log1p(-(2.0**-24))), rtol=1e-6)
+  assert np.isfinite(g).all()

@@ -102,3 +102,21 @@ def test_the_latest_of_all_ties_and_heads_that_share_keys():
     np.testing.assert_array_equal(out[b, :, n], v[b, last, 0])
     expected[b, :, 0] += np.eye(T, dtype=np.float32)[last].T @ g[b, :, n]
   kit.assert_close("dv", dv, expected)
+
+
+def test_nothing_later_is_read_for_a_nan():
+  """In blocks and above: outputs do not know the values that come later, nor gradients later keys;
+  what is read of nobody is 0.
+  """
+  q, k = hardmax_kit.planar("gaussian", T)
+  v, g = np.random.default_rng(0).normal(size=(2, T, 3)).astype(np.float32)
+  g[150:] = 0
+  for bad in (slice(0, 1), slice(40, 90, 7), slice(0, 40), slice(0, T)):
+    nan = k.copy()
+    nan[bad, 1] = np.nan
+    later = np.where(np.arange(T)[:, None] < 150, v, 1e6).astype(np.float32)
+    one, other = (program(True)(*map(jnp.asarray, (q, nan, x, g))) for x in (v, later))
+    kit.assert_same("out", one[0][:150], other[0][:150])
+    assert (one[1].last <= np.arange(T)).all()
+    assert not np.asarray(one[0])[np.asarray(one[1].count) == 0].any()
+    assert not np.asarray(one[2])[150:].any() and np.isfinite(one[2]).all()

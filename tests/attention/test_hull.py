@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kit
 from attention import hull
 
 T = 300
@@ -169,6 +170,7 @@ def test_the_state_is_updated_in_place_by_native_loops(heads):
     ({"head_dim": 3}, "head_dim=3"),
     ({"ties": "first"}, "'first'"),
     ({"num_kv_heads": 2}, "num_kv_heads=2"),
+    ({"num_kv_heads": 0}, "num_kv_heads=0 must divide num_heads=3"),
     ({"max_length": 2**28}, "268435456"),
     ({"dtype": jnp.bfloat16}, "bfloat16"),
   ],
@@ -177,3 +179,31 @@ def test_what_cannot_be_is_refused(options, says):
   given = {"num_heads": 3, "num_kv_heads": 1, "value_dim": 2, "max_length": 4} | options
   with pytest.raises(ValueError, match=says):
     hull.init_state(1, **given)
+
+
+def test_float64_elsewhere_changes_nothing():
+  """Where JAX counts in int64 and makes float64, the state and its loops stay as they are."""
+  q, k = hardmax_kit.planar("grid", 20)
+  v = np.random.default_rng(0).integers(-50, 51, (20, 2)).astype(np.float32)
+  with kit.double():
+    state = hull.init_state(1, num_heads=1, num_kv_heads=1, value_dim=2, max_length=20)
+    state, out = jax.jit(hull.prefill)(state, *(x[None, :, None] for x in (q, k, v)))
+    assert {x.dtype.name for x in jax.tree.leaves(state)} == {"int32", "float32"}
+  np.testing.assert_allclose(out[0, :, 0], hardmax_kit.scan(q, k).average(v), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "shapes",
+  [((2, 3, 2, 2), (2, 3, 1, 2), (2, 3, 1, 4)), ((2, 3, 2, 2), (2, 3, 1, 3), (2, 3, 1, 2)),
+   ((2, 3, 2, 4), (2, 3, 1, 2), (2, 3, 1, 2)), ((2, 3, 4, 2), (2, 3, 2, 2), (2, 3, 2, 2)),
+   ((2, 3, 2, 2), (2, 4, 1, 2), (2, 4, 1, 2)), ((1, 3, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2))],
+  ids=["h", "H of k", "H of q", "K", "T", "B"],
+)  # fmt: skip
+def test_tokens_that_do_not_fit_the_state_are_refused(shapes):
+  prompt = [np.zeros(shape, np.float32) for shape in shapes]
+  with pytest.raises(ValueError, match="with B=2, K=1, H=2 and h=2 as in the state") as error:
+    hull.prefill(fresh(2, 4), *prompt)
+  assert all(str(list(shape)) in str(error.value) for shape in shapes)
+  if len({shape[1] for shape in shapes}) == 1:
+    with pytest.raises(ValueError, match=r"must be \[B, N, H\], .* and K a divisor of N, not"):
+      hull.step(fresh(2, 4), *(x[:, 0] for x in prompt))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kit
 from attention import nearest
 
 T = 300
@@ -129,7 +130,54 @@ def test_what_cannot_be_is_refused():
   for options, says in (
     ({"ties": "first"}, "'first'"),
     ({"num_kv_heads": 3}, "num_kv_heads=3"),
+    ({"num_kv_heads": 0}, "num_kv_heads=0 must divide num_heads=2"),
     ({"max_length": 2**28}, "268435456"),
   ):
     with pytest.raises(ValueError, match=says):
       nearest.init_state(1, **given | options)
+
+
+def test_float64_elsewhere_changes_nothing_and_what_has_no_room_is_not_kept():
+  """With one head, in the place behind its last node lies what is nobody's. Where JAX counts in
+  int64, loops do not.
+  """
+  with kit.double():
+    state = nearest.init_state(1, num_heads=1, num_kv_heads=1, value_dim=1, max_length=3)
+    x = jnp.arange(1.0, 7.0, dtype=jnp.float32)[None, :, None, None]
+    state, out = jax.jit(nearest.prefill)(state, x, x, 10 * x)
+    assert {x.dtype.name for x in jax.tree.leaves(state)} == {"uint32", "int32", "float32"}
+  np.testing.assert_array_equal(out[0, :, 0, 0], [10, 20, 30, 30, 30, 30])
+
+
+def test_positions_beyond_the_integers_of_float32():
+  """Float32 holds even numbers there; the last place is held by none."""
+  v = np.zeros((1, 17_000_000, 1, 1), np.int8)
+  v[0, [2**24, 16_900_000, 16_999_999], 0, 0] = [1, 2, 3]
+  q = jnp.asarray([[[2.0**24], [16_900_000.0], [16_999_998.0], [17e6], [1e30], [jnp.nan], [-1.0]]])
+  out = nearest.at_positions(v, q, v.shape[1])
+  np.testing.assert_array_equal(out[0, :, 0, 0], [1, 2, 0, 3, 3, 0, 0])
+
+
+@pytest.mark.parametrize(
+  "shapes",
+  [((1, 4, 2, 1), (1, 4, 1, 1), (1, 4, 1, 3)), ((1, 4, 2, 1), (1, 4, 1, 2), (1, 4, 1, 2)),
+   ((1, 4, 2, 2), (1, 4, 1, 1), (1, 4, 1, 2)), ((1, 4, 2, 1), (1, 4, 2, 1), (1, 4, 2, 2)),
+   ((2, 4, 2, 1), (2, 4, 1, 1), (2, 4, 1, 2)), ((1, 4, 2, 1), (1, 3, 1, 1), (1, 3, 1, 2))],
+  ids=["h", "H of k", "H of q", "K", "B", "T"],
+)  # fmt: skip
+def test_tokens_that_do_not_fit_the_state_are_refused(shapes):
+  state = nearest.init_state(1, num_heads=2, num_kv_heads=1, value_dim=2, max_length=4)
+  prompt = [jnp.zeros(shape) for shape in shapes]
+  with pytest.raises(ValueError, match="with B=1, K=1, H=1 and h=2 as in the state"):
+    nearest.prefill(state, *prompt)
+  if len({shape[1] for shape in shapes}) == 1:
+    with pytest.raises(ValueError, match=r"must be \[B, N, H\], .* and K a divisor of N, not"):
+      nearest.step(state, *(x[:, 0] for x in prompt))
+
+
+def test_query_heads_are_a_multiple_of_key_heads():
+  state = nearest.init_state(1, num_heads=2, num_kv_heads=2, value_dim=2, max_length=4)
+  with pytest.raises(ValueError, match=r"K=2, H=1 and h=2 .* a divisor of N, not \[1, 4, 3, 1\]"):
+    nearest.prefill(
+      state, jnp.zeros((1, 4, 3, 1)), jnp.zeros((1, 4, 2, 1)), jnp.zeros((1, 4, 2, 2))
+    )

@@ -21,7 +21,9 @@ def test_scores_are_numpys_bit_for_bit(H):
   expected = qn[:, None, 0] * kn[None, :, 0]
   for c in range(1, H):
     expected = expected + qn[:, None, c] * kn[None, :, c]
-  kit.assert_same("scores", jax.jit(plane.scores, compiler_options=OPTIMIZED)(q, k), expected)
+  run = jax.jit(plane.scores, compiler_options=OPTIMIZED)
+  kit.assert_same("scores", run(q, k), expected)
+  kit.assert_same("beside a NaN", run(q.at[0, 0].set(jnp.nan), k)[1:], expected[1:])
   if H == 2:  # else `score` could be simpler
     plain = lambda q, k: q[:, None, 0] * k[None, :, 0] + q[:, None, 1] * k[None, :, 1]
     contracted = np.asarray(jax.jit(plain, compiler_options=OPTIMIZED)(q, k))
@@ -46,3 +48,13 @@ def test_directions_point_up():
   assert d.axis.tolist() == [False, False, True, True, True, False]
   assert d.slope.tolist() == [3.0, -1.5, np.inf, np.inf, np.inf, 0.0]
   assert (d.y[~np.asarray(d.axis)] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_what_no_compiler_can_know_is_zero_for_all_bits(dtype):
+  """Which is of the last three alone: of NaN, of infinity and of numbers."""
+  with kit.double():
+    kind = plane._UNSIGNED[jnp.dtype(dtype).itemsize]
+    ends = np.array([[0], [np.asarray(np.nan, dtype).view(kind)]], kind)
+    x = (ends + np.arange(8, dtype=kind)).astype(kind).view(dtype).reshape(-1)
+    assert np.isnan(x).any() and not np.asarray(jax.vmap(plane._hidden_zero)(jnp.asarray(x))).any()

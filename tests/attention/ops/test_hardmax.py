@@ -1,6 +1,7 @@
 """What is true of hard-max attention alone."""
 
 import functools
+import itertools
 
 import hardmax_kit
 import jax
@@ -41,6 +42,19 @@ def test_all_forms_are_one_function(ties):
     kit.assert_close("out", other, out)
     for name, a, b in zip(hardmax.Winners._fields, its_winners, winners, strict=True):
       kit.assert_same(name, a, b)
+  later_is_not_read_for_a_nan(ties, q, k)
+
+
+def later_is_not_read_for_a_nan(ties, q, k):
+  """Every value is its position. Of numbers beside a NaN any may be read, or none."""
+  now = np.arange(1, 61, dtype=np.float32)
+  for form, bad in itertools.product(FORMS, ([0], [0, 1, 40], range(60))):
+    nan, v = k.at[0, np.asarray(bad), 0, 0].set(jnp.nan), jnp.stack([now] * 3, -1)[None, :, None]
+    out, winners = compiled(form, ties=ties, is_causal=True)(q, nan, v)
+    assert (np.asarray(out)[0, :, 0] <= now[:, None]).all(), form
+    assert (np.asarray(winners.last)[0, :, 0] <= np.arange(60)).all(), form
+    none = np.asarray(winners.count) == 0
+    assert not np.asarray(out)[none].any() and (np.asarray(winners.last)[none] == -1).all(), form
 
 
 def test_it_is_the_limit_of_softmax():
@@ -104,6 +118,16 @@ def test_the_predecessor_in_a_list_of_numbers():
   np.testing.assert_array_equal(np.abs(np.asarray(out)[0, :, 0, 0] - q), far.min(1))
 
 
+@pytest.mark.parametrize(("dtype", "last"), [("float16", 2048), ("bfloat16", 256)])
+def test_nearest_integers_in_half_precision(dtype, last):
+  """To the greatest of which it holds all, though not their squares: each finds itself."""
+  x = jnp.arange(last - 299 if last > 299 else 0, last + 1, dtype=jnp.float32)
+  x = jnp.asarray(x, dtype)[:, None, None]
+  out, winners = hardmax.nearest_key_attention(x, x, x, return_residual=True)
+  kit.assert_same("out", out, x)
+  np.testing.assert_array_equal(winners.count, 1)
+
+
 def test_straight_through_is_hard_forward_and_soft_backward():
   q, k, v = kit.Case(T=20, S=20).inputs()
 
@@ -115,7 +139,9 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     jax.value_and_grad(functools.partial(loss, through), (0, 1, 2), has_aux=True)
   )
   (_, hard), (dq, dk, dv) = run(None)(q, k, v)
-  (_, out), (dq_soft, dk_soft, dv_hard) = run(0.5)(q, k, v)
+  # An inverse temperature that changes from step to step is traced.
+  annealed = jax.jit(lambda through, *x: run(through)(*x))
+  (_, out), (dq_soft, dk_soft, dv_hard) = annealed(0.5, q, k, v)
   assert not np.asarray(dq).any() and not np.asarray(dk).any()
   kit.assert_close("out", out, hard)
   kit.assert_close("dv", dv_hard, dv)
@@ -172,8 +198,19 @@ def test_calls_that_are_wrong_or_impossible():
     attend(wide, wide, v, implementation="bulk")
   with pytest.raises(NotImplementedError, match="not Band, T=19, S=20"):
     attend(q[:, :19], k, v, is_causal=True, implementation="bulk")
-  with pytest.raises(ValueError, match="top_k must be at least 1, not 0"):
+  with pytest.raises(ValueError, match="top_k must be an integer of at least 1, not 0"):
     hardmax.top_k_attention(q, k, v, top_k=0)
+  with pytest.raises(ValueError, match="top_k must be an integer of at least 1, not 2.0"):
+    hardmax.top_k_attention(q, k, v, top_k=2.0)
+  with pytest.raises(ValueError, match="candidates must be an integer of at least 1, not -1"):
+    attend(q, k, v, straight_through=1.0, candidates=-1)
+  with pytest.raises(ValueError, match="cells must be an integer of at least 1, not 0"):
+    hardmax.direction_grid_attention(*(jnp.zeros((4, 1, 3)),) * 3, cells=0)
+  state = hardmax.init_state(1, num_heads=1, num_kv_heads=1, head_dim=2, value_dim=3, max_length=4)
+  with pytest.raises(ValueError, match="ties='frist' is unknown"):
+    hardmax.step(state, *(x[:, 0] for x in (q, k, v)), ties="frist")
+  with pytest.raises(ValueError, match=r"query \[1, 20, 1, 4\], key \[1, 20, 1, 2\]"):
+    hardmax.nearest_key_attention(wide, k, v)
   with pytest.raises(ValueError, match=r"mask must broadcast.*20, 20\], not \[3, 20\]"):
     attend(q, k, v, jnp.ones((3, 20), bool))
 
@@ -217,3 +254,31 @@ def test_what_runs_on_a_chip(name, kind, platform):
       assert "the query is float64" in explain(*array(64, 2, "float64"))
   with pytest.raises(NotImplementedError, match=f"'{name}' cannot run this call: it needs a"):
     hardmax.hardmax_attention(*planar(T=20), implementation=name)
+
+
+def test_a_grid_of_directions_reads_nothing_for_a_nan():
+  q, k, _ = planar()
+  grid = jax.jit(functools.partial(hardmax.direction_grid_attention, cells=2))
+  q, k = (jnp.concatenate([x, x[..., :1]], -1) for x in (q, k))
+  out, index = grid(q, k.at[0, 0].set(jnp.nan), k)
+  assert index[0, 0, 0] == -1 and not np.asarray(out[0, 0]).any()
+
+
+def test_a_mean_of_halves_is_no_sum_of_halves():
+  """1000 ties of 100 in float16, whose sum is beyond its numbers; a step is a prefill of one."""
+  sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 2, "value_dim": 1, "max_length": 1000}
+  state = hardmax.init_state(1, dtype=jnp.float16, **sizes)
+  state = state._replace(value=state.value + 100, length=state.length + 999)
+  one, value = jnp.zeros((1, 1, 2), jnp.float16), jnp.full((1, 1, 1), 100, jnp.float16)
+  _, out = hardmax.step(state, one, one, value)
+  kit.assert_same("out", out, value)
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"T": 0}, {"S": 0}], ids=str)
+def test_nothing_to_read_or_nobody_to_read_it(sizes):
+  q, k, v = kit.Case(**sizes).inputs()
+  out, winners = hardmax.hardmax_attention(q, k, v, straight_through=1.0, return_residual=True)
+  soft, mass = hardmax.top_k_attention(q, k, v, top_k=3)
+  assert out.shape == soft.shape == (*q.shape[:3], 8) and mass.shape == q.shape[:3]
+  assert not any(np.asarray(x).any() for x in (out, soft, mass, winners.count))
+  assert (np.asarray(winners.last) == -1).all()

@@ -179,3 +179,48 @@ def test_calls_that_are_wrong():
     stochastic.stochastic_attention(q, k, v, noise=jnp.zeros((2, 5)))
   with pytest.raises(ValueError, match="temperature must be greater than 0, not 0"):
     stochastic.stochastic_attention(q, k, v, noise=None, temperature=0)
+  attend = functools.partial(stochastic.stochastic_attention, q, k, v, noise=None)
+  for shape in ((1, 4), (3, 5), (5,)):
+    with pytest.raises(ValueError, match=r"positions must be \[B, T\] = \[2, 5\] or \[1, 5\], not"):
+      attend(positions=jnp.zeros(shape, jnp.int32))
+  with pytest.raises(ValueError, match=r"mask must broadcast.* = \[2, 4, 5, 5\], not \[4, 5\]"):
+    attend(jnp.ones((4, 5), bool))
+  with pytest.raises(ValueError, match="array must be bool"):
+    attend(jnp.ones((5, 5)))
+
+
+def test_noise_draws_no_key_that_the_mask_hides(monkeypatch):
+  """Not even noise that is infinite, and with it a temperature that is traced; a bool array is a
+  mask as well.
+  """
+  q, k, v = kit.Case(T=6, S=6).inputs()
+  noise, allowed = jax.random.uniform(jax.random.key(0), (2, 6, 4)), np.tri(6, dtype=bool)
+  plain = stochastic.gumbel
+  monkeypatch.setattr(
+    stochastic, "gumbel", lambda n, d: jnp.where(d < 0, jnp.inf, plain(n, jnp.maximum(d, 0)))
+  )
+
+  def run(name, mask, temperature):
+    def loss(q):
+      out, draws = stochastic.stochastic_attention(
+        q, k, v, mask, noise=noise, temperature=temperature, implementation=name, return_draws=True
+      )
+      return (out**2).sum(), (out, draws)
+
+    return jax.value_and_grad(loss, has_aux=True)(q)
+
+  (_, expected), dq = jax.jit(functools.partial(run, "reference", masks.causal()))(0.7)
+  (_, got), its_dq = jax.jit(functools.partial(run, "rows", jnp.asarray(allowed)))(0.7)
+  assert (np.asarray(got[1].index) <= np.arange(6)[None, :, None]).all()
+  kit.assert_trees_close(got, expected)
+  kit.assert_close("dq", its_dq, dq)
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"T": 0}, {"S": 0}], ids=str)
+def test_nothing_to_read_or_nobody_to_read_it(sizes):
+  q, k, v = kit.Case(**sizes).inputs()
+  out, draws = stochastic.stochastic_attention(
+    q, k, v, noise=jnp.zeros(q.shape[:3]), return_draws=True
+  )
+  assert out.shape == (*q.shape[:3], 8) and not np.asarray(out).any()
+  assert draws.index.shape == q.shape[:3] and (np.asarray(draws.index) == -1).all()
