@@ -2,9 +2,12 @@
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+_BEFORE_AMPERE = r"\b(GTX|TITAN|Tesla|Quadro|RTX 20[5-8]0|GV100|[KMPTV]\d+S?)\b"
+"""In the names of older NVIDIA GPUs."""
 
 
 class Chip(NamedTuple):
@@ -20,12 +23,17 @@ def current() -> Chip:
   """The chip that operations run on from here: of the mesh in context if it names one, so that a
   program can be made for a chip that is absent, else the default device.
   """
+  described = _device()
+  platform = "gpu" if described.platform in ("cuda", "rocm") else described.platform
+  return Chip(platform, described.device_kind)
+
+
+def _device() -> Any:
   described = jax.sharding.get_abstract_mesh().abstract_device
   if described is None:
     default = jax.config.jax_default_device
     described = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-  platform = "gpu" if described.platform in ("cuda", "rocm") else described.platform
-  return Chip(platform, described.device_kind)
+  return described
 
 
 def not_hopper() -> str | None:
@@ -44,12 +52,17 @@ def not_tpu() -> str | None:
   return f"it needs a TPU v4 or newer and this is {chip.kind}"
 
 
-def not_nvidia() -> str | None:
-  """Why NVIDIA's libraries are not to be had, or None."""
+def not_ampere() -> str | None:
+  """Why an NVIDIA GPU of compute capability 8.0 or newer is not to be had, or None. A device that
+  is absent is known by its name alone.
+  """
   chip = current()
   if chip.platform == "gpu" and "NVIDIA" in chip.kind:
-    return None
-  return f"it needs an NVIDIA GPU and this is {chip.kind}"
+    capability = getattr(_device(), "compute_capability", None)
+    old = re.search(_BEFORE_AMPERE, chip.kind) if capability is None else float(capability) < 8.0
+    if not old:
+      return None
+  return f"it needs an NVIDIA GPU, Ampere or newer, and this is {chip.kind}"
 
 
 def has_one_core() -> bool:

@@ -1,4 +1,5 @@
-"""Softmax attention by cuDNN, through `jax.nn`: for NVIDIA GPUs that have no kernel of ours.
+"""Softmax attention by cuDNN, through `jax.nn`: for NVIDIA GPUs from Ampere on that have no
+kernel of ours.
 
 It takes the masks that cuDNN knows by name (causal, a window behind it, row lengths) and refuses
 what it would have to be handed as T x S numbers, or answers with a wrong gradient: a mask becomes a
@@ -21,7 +22,7 @@ def unsupported(call: Any) -> str | None:
   """Why cuDNN cannot run a call of `dot_product_attention`, forward and backward, or None."""
   q, _, v = call[:3]
   H, h = q.shape[-1], v.shape[-1]
-  if reason := chips.not_nvidia():
+  if reason := chips.not_ampere():
     return reason
   if q.dtype not in (jnp.float16, jnp.bfloat16):
     return f"it takes float16 and bfloat16, not {q.dtype}"

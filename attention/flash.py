@@ -48,6 +48,8 @@ def unsupported(chip: str, call: Any) -> str | None:
   """Why a call of `dot_product_attention` cannot run here, forward and backward, or None."""
   if reason := kernels.unsupported(chip, call[:3]):
     return reason
+  if reason := lowering.unreadable(call.mask, _kernel(chip).PRIMITIVES):
+    return reason
   static, operands = _split(chip, call)
   _, extras, settings = _given(static, operands)
   return _kernel(chip).unsupported(*operands[:3], extras, settings)
@@ -111,6 +113,7 @@ def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any
   (out, lse), (d_out, d_lse) = results, gradients
   product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
   delta = product.sum(-1).swapaxes(1, 2) - d_lse
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
   d_sinks = None
   if operands.sinks is not None:
     share = jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse)
@@ -119,7 +122,7 @@ def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any
   mask, extras, settings = _given(static, operands)
   blocks = _blocks(static, operands)
   by_query, by_key = (_visits(mask, operands, block) for block in (blocks.d_query, blocks.d_key))
-  rows = d_out.astype(operands.v.dtype), jnp.where(lse == -jnp.inf, jnp.inf, lse), delta
+  rows = d_out.astype(operands.v.dtype), lse, delta
   dq, dk, dv, d_bias, d_slopes = _kernel(static.chip).backward(
     *operands[:3], *rows, extras, settings, by_query[0], by_key[1]
   )

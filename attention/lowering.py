@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from attention import masks
 from attention.masks import Mask, Span
@@ -76,6 +77,34 @@ def lower(mask: Mask, T: int, S: int) -> Lowered:
   for kind, array in _operands(mask, jnp.arange(T, dtype=jnp.int32), S):
     {"q": q_info, "k": k_info, "dense": dense}[kind].append(array)
   return Lowered(Rule(jax.tree.structure(mask)), tuple(q_info), tuple(k_info), tuple(dense))
+
+
+def unreadable(mask: Mask, primitives: frozenset[str]) -> str | None:
+  """Why a kernel that has these `primitives` cannot compute a function of the caller's, or None."""
+  tile = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+  for part in jax.tree.leaves(mask, is_leaf=lambda x: isinstance(x, masks.FromFunction)):
+    if not isinstance(part, masks.FromFunction):
+      continue
+    try:
+      jaxpr = jax.make_jaxpr(part.function)(tile, tile)
+    except Exception as error:  # Anything: the function is the caller's.
+      return f"its mask's function raises {type(error).__name__} on a tile of positions"
+    if jaxpr.consts:
+      array = jax.typeof(jaxpr.consts[0])
+      return f"its mask's function holds an array of its own, {array.dtype}{list(array.shape)}"
+    if missing := _primitives(jaxpr.jaxpr) - primitives:
+      names = ", ".join(sorted(missing))
+      return f"its mask's function computes {names}, which no tile of a kernel does"
+  return None
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+  """The names of all that is computed, of the functions inside, too."""
+  found = set()
+  for equation in jaxpr.eqns:
+    inside = [x.jaxpr for x in equation.params.values() if isinstance(x, ClosedJaxpr)]
+    found |= set().union(*map(_primitives, inside)) if inside else {equation.primitive.name}
+  return found
 
 
 def visits(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> tuple[Visits, Visits]:
@@ -159,7 +188,7 @@ def _decide(mask: Mask, q: Array, k: Array, reads: _Reads) -> Array:
       allowed = next(reads.dense)
       return allowed if allowed.dtype == jnp.bool_ else allowed != 0
     case masks.FromFunction():
-      return mask.function(q, k)
+      return jnp.broadcast_to(mask.function(q, k), q.shape)
     case _:
       return _by_position(mask, q, k)
 
@@ -184,8 +213,8 @@ def _by_position(mask: Mask, q: Array, k: Array) -> Array:
     case masks.Strided():
       return jax.lax.rem(jnp.abs(q - k), jnp.int32(mask.stride)) == 0
     case masks.Chunked():
-      size = jnp.int32(mask.size)
-      return jax.lax.div(q, size) == jax.lax.div(k, size)
+      size = jnp.int32(mask.size)  # by which `div` truncates; of a shifted mask q may be negative
+      return (q >= 0) & (jax.lax.div(q, size) == jax.lax.div(k, size))
     case masks.Limits():
       left = [] if mask.query is None else [q < mask.query]
       right = [] if mask.key is None else [k < mask.key]

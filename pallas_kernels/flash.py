@@ -7,10 +7,11 @@
     backward(q, k, v, d_out, lse, delta, extras, settings, by_query, by_key)
         -> (dq, dk, dv, d_bias, d_slopes)
 
-and a `blocks(...)` that says in which blocks the visits of each pass are to be counted. Whoever
-calls them owns the derivative: `delta[t] = sum(d_out[t] out[t]) - d_lse[t]`, and the sinks'
-gradient follows from `lse` and `delta` alone. A row that may attend to nothing gives 0 and
-log-sum-exp -inf; the backward pass is handed +inf there, so that its probabilities are 0.
+a `blocks(...)` that says in which blocks the visits of each pass are to be counted, and the
+`PRIMITIVES` that a rule may be made of, by JAX's names. Whoever calls them owns the derivative:
+`delta[t] = sum(d_out[t] out[t]) - d_lse[t]`, and the sinks' gradient follows from `lse` and `delta`
+alone. A row that may attend to nothing gives 0 and log-sum-exp -inf; the backward pass is handed
++inf there, so that its probabilities are 0.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,17 @@ import jax
 import numpy as np
 
 Array = jax.Array
+
+PRIMITIVES = frozenset(
+  {
+    "abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "cos", "div", "eq",
+    "exp", "exp2", "ge", "gt", "integer_pow", "le", "log", "log2", "logistic", "lt", "max", "min",
+    "mul", "ne", "neg", "or", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sqrt", "square", "sub",
+    "tanh", "xor",
+  }
+)  # fmt: skip
+"""What the compilers of all chips know of a tile, element by element."""
 
 
 class Visits(NamedTuple):

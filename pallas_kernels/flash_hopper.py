@@ -39,6 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_hopper_backward, hopper, tiles
+from pallas_kernels.flash import PRIMITIVES as PRIMITIVES
 from pallas_kernels.flash import Array, Blocks, Extras, Settings, Visits
 from pallas_kernels.flash_hopper_tile import Reads, Static, Tile, reads, whole
 from pallas_kernels.hopper import (

@@ -327,7 +327,9 @@ class _DBias:
     self.static, self.inputs, self.state = static, inputs, state
     self.out_gmem, self.scratch = out_gmem, scratch
     self.wg = lax.axis_index("warpgroup")
-    self.at = tuple(lax.axis_index(name) for name in ("batch", "head", "row", "column"))
+    columns = out_gmem.shape[3] // static.plan.others
+    n, r, c = (lax.axis_index(name) for name in ("head", "row", "column"))
+    self.at = (lax.div(c, columns), n, r, lax.rem(c, columns))
     self.lengths = lengths
     """How far each of those axes is a loop."""
 
@@ -533,7 +535,7 @@ def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
     "flash_d_bias",
     functools.partial(_bias_kernel, Static(plan, settings, N // K, 0, on_chip), lengths),
     plan,
-    grid={"column": own[3], "row": own[2], "head": own[1], "batch": own[0]},
+    grid={"head": own[1], "row": own[2], "column": own[0] * own[3]},
     out_type=jax.ShapeDtypeStruct((*own[:2], own[2] * plan.rows, own[3] * width), jnp.float32),
     scratch=_BiasScratch(
       queries=Ring.of(workers, 1, matrix(plan.rows, H, q.dtype), matrix(plan.rows, h, v.dtype)),

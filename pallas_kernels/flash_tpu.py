@@ -16,8 +16,8 @@ index of its block.
 
 The floor is the matrix unit: 4 x 1024 x 1024 x 128 flops are 4096 cycles of a TPU v5e at its
 published rate; a v6e or TPU7x, whose arrays are 256 wide, could do them in 1024 but needs 2048 with
-heads of 128. The compiler's schedule of a full step is 4010 cycles on a v5e, 2545 on a v6e, 2586 on
-a TPU7x, of a mixed causal one 4283, 3066 and 3048, stalls not counted. Memory: 512 KiB of keys and
+heads of 128. The compiler's schedule of a full step is 4012 cycles on a v5e, 2534 on a v6e, 2581 on
+a TPU7x, of a mixed causal one 4284, 3069 and 3019, stalls not counted. Memory: 512 KiB of keys and
 values a step, a quarter of what a v5e's memory brings in that time.
 
 Backward: `flash_tpu_backward`, and `flash_tpu_bias` where a bias wants its gradient.
@@ -31,12 +31,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import flash_tpu_backward, flash_tpu_bias, flash_tpu_tiles, tiles
+from pallas_kernels import flash, flash_tpu_backward, flash_tpu_bias, flash_tpu_tiles, tiles
 from pallas_kernels.flash import Blocks, Extras, Settings, Visits
 from pallas_kernels.flash_tpu_tiles import (
   LANES,
   MAX_BLOCKS,
   MAX_GROUPS,
+  MAX_SCALARS,
   MAX_STEPS,
   Operand,
   Place,
@@ -49,11 +50,18 @@ from pallas_kernels.flash_tpu_tiles import (
 
 Array = jax.Array
 
+PRIMITIVES = flash.PRIMITIVES | {"ceil", "floor", "is_finite", "not", "population_count", "pow"}
+
 _SIDES = (128, 256, 384, 512, 768, 1024)
 """Sides of a block that divide into large parts."""
 
 _LARGEST = 4096
-"""The largest side of a block, where a text is so long that smaller ones would be too many."""
+"""The largest side of a block, where a text is so long that smaller ones would be too many, ..."""
+
+_MEMORY = 32 * 2**20
+"""... and the bytes of vector memory that the operands and sums of its backward pass may take: what
+registers spill takes the rest.
+"""
 
 
 def unsupported(q: Array, k: Array, v: Array, extras: Extras, settings: Settings) -> str | None:
@@ -69,10 +77,15 @@ def unsupported(q: Array, k: Array, v: Array, extras: Extras, settings: Settings
   lists = (*extras.q_info, *extras.k_info, *extras.dense)
   rows = (B if any(x.shape[0] > 1 for x in lists) else 1) * (N if own else 1)
   passes = blocks(q.shape, k.shape, v.shape, q.dtype, settings)
+  seeds = 0 if extras.dropout_seeds is None else B * N
   for name, block in zip(passes._fields, passes, strict=True):
     visits, most = rows * _count(T, S, block), MAX_STEPS
-    if visits > most and (name != "d_query" or extras.bias is not None):
+    if name == "d_query" and extras.bias is None:
+      continue
+    if visits > most:
       return f"{visits} blocks of scores ({rows} masks, T={T}, S={S}) are more than {most}"
+    if visits + seeds > MAX_SCALARS:
+      return f"{visits} blocks of scores and {seeds} seeds of dropout are more than {MAX_SCALARS}"
   return None
 
 
@@ -80,7 +93,7 @@ def blocks(q_shape, k_shape, v_shape, dtype, settings: Settings) -> Blocks:
   """In which blocks the visits of each pass are counted."""
   del settings
   T, S, width = q_shape[1], k_shape[1], max(q_shape[3], v_shape[3])
-  return Blocks(*(_longer(T, S, most) for most in _most(width, dtype)))
+  return Blocks(*(_longer(T, S, most, width, dtype) for most in _most(width, dtype)))
 
 
 def _most(width: int, dtype) -> tuple[tuple[int, int], ...]:
@@ -97,15 +110,29 @@ def _small_units() -> bool:
   return pltpu.is_tpu_device() and pltpu.get_tpu_info().mxu_column_size == 128
 
 
-def _longer(T: int, S: int, most: tuple[int, int]) -> tuple[int, int]:
-  """Blocks of at most `most`, or twice that and more where there would be too many of them."""
-  block_q, block_k = _side(T, most[0]), _side(S, most[1])
-  while _count(T, S, (block_q, block_k)) > MAX_STEPS and min(block_q, block_k) < _LARGEST:
-    if block_k == _LARGEST or (block_q < _LARGEST and cdiv(T, block_q) >= cdiv(S, block_k)):
-      block_q *= 2
-    else:
-      block_k *= 2
-  return block_q, block_k
+def _longer(T: int, S: int, most: tuple[int, int], width: int, dtype) -> tuple[int, int]:
+  """Blocks of at most `most`, or twice that and more where there would be too many of them and the
+  vector memory has room.
+  """
+  block = _side(T, most[0]), _side(S, most[1])
+  while _count(T, S, block) > MAX_STEPS:
+    block_q, block_k = block
+    taller = block_q < _LARGEST and cdiv(T, block_q) >= cdiv(S, block_k)
+    longer = (2 * block_q, block_k) if taller or block_k == _LARGEST else (block_q, 2 * block_k)
+    if max(longer) > _LARGEST or _memory(longer, width, dtype) > _MEMORY:
+      break
+    block = longer
+  return block
+
+
+def _memory(block: tuple[int, int], width: int, dtype) -> int:
+  """Bytes of vector memory that the backward pass takes for a block: q, dO, k, v, dk and dv twice,
+  because one is copied while the other is used, and float32 sums, three of a block of dq.
+  """
+  size = jnp.dtype(dtype).itemsize
+  of_query, of_key = 2 * 2 * size + 3 * 4, 2 * 4 * size + 2 * 4
+  padded = cdiv(width, LANES // 2) * (LANES // 2)
+  return padded * (of_query * block[0] + of_key * block[1])
 
 
 def _count(T: int, S: int, block: tuple[int, int]) -> int:
@@ -225,7 +252,7 @@ def _online(inputs, state, masked: bool, tile: Tile, product: Array) -> None:
   before = m_ref[rows]
   m = jnp.maximum(before, score2.max(-1, keepdims=True))
   m_ref[rows] = m
-  m = tiles.finite(m) if masked else m
+  m = tiles.finite(m) if masked or "bias" in inputs else m
   p = jnp.exp2(score2 - across(m, tile.size[1]))
   alpha = jnp.exp2(before - m)
   groups = (p[:, at : at + LANES] for at in range(0, tile.size[1], LANES))

@@ -30,6 +30,9 @@ LANES = 128
 MAX_BLOCKS, MAX_GROUPS, MAX_STEPS = 2**11, 2**5, 2**17
 """What a step's int32 has room for, and the steps that half of the scalar memory has room for."""
 
+MAX_SCALARS = MAX_STEPS + MAX_STEPS // 2
+"""The steps and the seeds of dropout together: three quarters of it."""
+
 UNROLLED = 1024
 """The side of the largest block whose parts are straight code."""
 
@@ -160,7 +163,9 @@ def modifiers(extras: Extras, T: int, S: int, block: tuple[int, int]) -> dict[st
   scalars = {"slopes": extras.alibi_slopes, "sinks": extras.sinks, "seeds": extras.dropout_seeds}
   found = {n: Operand("scalar", x.reshape(-1)) for n, x in scalars.items() if x is not None}
   if extras.bias is not None:
-    found["bias"] = _broadcastable(extras.bias, T, S, block)
+    known = extras.bias.dtype in (jnp.float32, jnp.bfloat16)  # Mosaic loads no float16.
+    bias = extras.bias if known else extras.bias.astype(jnp.float32)
+    found["bias"] = _broadcastable(bias, T, S, block)
   for n, info in enumerate(extras.q_info):
     found[f"q_info{n}"] = Operand("q_row", padded(info[:, None, None], 3, block[0]))
   for n, info in enumerate(extras.k_info):

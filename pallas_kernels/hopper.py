@@ -339,7 +339,9 @@ def specialize(plan: Plan, warpgroup: Array, *, compute, feed) -> None:
 
 
 def launch(name: str, body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: Any):
-  """`plgpu.kernel` with one block of warpgroups per point of the grid."""
+  """`plgpu.kernel` with one block of warpgroups per point of the grid. Of CUDA's axes the first has
+  the grid's last, of any length; the others may have 65535, the third those before the last two.
+  """
   return plgpu.kernel(
     body,
     out_type=out_type,

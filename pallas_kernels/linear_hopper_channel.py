@@ -168,7 +168,7 @@ def fade(q: Parts, k: Parts, g: Array, scale: Array, *, on_chip: bool) -> Faded:
     *hopper.launch_alone(
       "linear_fade",
       functools.partial(_fade_kernel, on_chip),
-      {"chunk": chunks, "head": N, "batch": B},
+      {"head": N, "batch": B, "chunk": chunks},
       (array(B, T, N, M), array(B, T, N, M), array(B, N, chunks, CHUNK, CHUNK)),
       _FadeScratch(
         q_smem=(tile(parts),) * many,
@@ -269,7 +269,7 @@ def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
   return hopper.launch_alone(
     "linear_unfade",
     functools.partial(_unfade_kernel, on_chip),
-    {"part": M // CHANNELS, "chunk": given.g.shape[1] // CHUNK, "head": N, "batch": B},
+    {"part": M // CHANNELS, "head": N, "batch": B, "chunk": given.g.shape[1] // CHUNK},
     (like, like, jax.ShapeDtypeStruct(given.g.shape, jnp.float32)),
     _UnfadeScratch(
       tiles=matrix(CHUNK, CHANNELS, dtype)(6),

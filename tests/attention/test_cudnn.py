@@ -58,6 +58,13 @@ def test_it_refuses_widths_and_dtypes():
       assert reason in explain(attend, x, x, x)
 
 
+def test_it_refuses_gpus_whose_attention_it_has_not():
+  with kit.pretend("NVIDIA GeForce RTX 2080 Ti", "cuda"):
+    text = explain(attend, Q, KV, KV, is_causal=True)
+  assert text.startswith("dot_product_attention runs 'tiled'")
+  assert "not 'cudnn': it needs an NVIDIA GPU, Ampere or newer, and this is NVIDIA Ge" in text
+
+
 def test_masks_become_the_arguments_that_mean_the_same():
   """jax.nn with these arguments, dense, is our mask: the window looks at no future."""
   make = lambda *shape: kit.normal(jax.random.key(0), *shape)

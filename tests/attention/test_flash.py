@@ -115,6 +115,17 @@ def test_the_choice_on_each_chip(chip):
       explain(attend, x, x, x, implementation=other)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_mask_that_holds_an_array_is_not_a_kernels(chip):
+  x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+  table = jnp.arange(4096) // 37
+  mask = masks.from_function(lambda q, k: table[q] == table[k])
+  with kit.pretend(*CHIPS[chip]):
+    text = explain(attend, x, x, x, mask=mask)
+  assert text.startswith("dot_product_attention runs 'tiled'")
+  assert f"not {chip!r}: its mask's function holds an array of its own, int32[4096]" in text
+
+
 def test_on_a_cpu_it_stays_tiled():
   x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
   text = explain(attend, x, x, x, is_causal=True)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attention import lowering, masks
+from pallas_kernels import flash
 
 T, S = 45, 51
 _RANDOM = np.random.default_rng(0)
@@ -57,6 +59,8 @@ def _elementwise(mask):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(mask=_MASK)
+@example(mask=masks.chunked(4).shift(-3))
+@example(mask=masks.from_function(lambda q, k: True) & masks.causal())
 def test_the_rule_is_the_mask(mask):
   expected = np.broadcast_to(mask.as_array(T, S), (2, 3, T, S))
   np.testing.assert_array_equal(_elementwise(mask), expected)
@@ -94,6 +98,21 @@ def test_a_rule_is_static():
   make = lambda ids: lowering.lower(masks.segments(ids) & masks.causal(), T, T).rule
   assert make(_IDS[:, :T]) == make(_IDS[:, :T] + 1) and hash(make(_IDS[:, :T]))
   assert make(_IDS[:, :T]) != lowering.lower(masks.causal(), T, T).rule
+
+
+@pytest.mark.parametrize(
+  ("function", "reason"),
+  [
+    (lambda q, k: (q * 3 + k) % 4 != 0, None),
+    (lambda q, k: _IDS[0, q] == _IDS[0, k], "its mask's function holds an array of its own, int"),
+    (lambda q, k: jnp.sort(q) >= k, "its mask's function computes sort, which no tile of a ker"),
+    (lambda q, k: _ARRAY[0, 0] & (q >= k), "its mask's function raises "),
+  ],
+)
+def test_functions_that_kernels_can_compute(function, reason):
+  mask = ~masks.from_function(function) & masks.segments(_IDS)
+  found = lowering.unreadable(mask, flash.PRIMITIVES)
+  assert found is None if reason is None else found.startswith(reason)
 
 
 def test_a_million_tokens_need_nothing_of_their_square():

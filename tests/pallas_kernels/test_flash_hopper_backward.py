@@ -10,8 +10,8 @@ from hopper_kit import Call, check, cotangents, half, run
 
 import kit
 from attention import masks
-from pallas_kernels import flash_hopper_backward
-from pallas_kernels.flash import Extras, Visits
+from pallas_kernels import flash_hopper_backward, hopper
+from pallas_kernels.flash import Extras, Settings, Visits
 
 
 def _normal(*shape):
@@ -51,6 +51,27 @@ def test_what_is_not_visited_is_not_read_and_results_repeat():
   for name in ("out", "lse", "dq", "dk", "dv"):
     kit.assert_same(name, got[name], want[name])
   assert np.isfinite(np.asarray(got["dk"], np.float32)).all()
+
+
+def test_cuda_has_the_grid_of_a_long_bias(monkeypatch):
+  """Its first axis, the grid's last, may have any length; the others 65535."""
+  grids = []
+
+  def launch(name, body, plan, *, grid, out_type, scratch):
+    grids.append(tuple(grid.values()))
+    return lambda *given: jnp.zeros(out_type.shape, out_type.dtype)
+
+  monkeypatch.setattr(hopper, "launch", launch)
+
+  def run(x, row, bias):
+    visits = Visits(*(jnp.zeros((1, 1, 256, 256)[:axes], jnp.int32) for axes in (4, 3, 3)))
+    given = x, x, x, x, row, row, Extras(bias=bias), Settings(1.0, None, 0.0, lambda *_: True)
+    return flash_hopper_backward._d_bias(*given, visits, True)
+
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  jax.eval_shape(run, like(1, 2**15, 1, 128), like(1, 1, 2**15), like(1, 1, 2**15, 2**15))
+  (grid,) = grids
+  assert grid == (1, 256, 256)
 
 
 def test_visited_blocks_are_named_once_whatever_follows_them():

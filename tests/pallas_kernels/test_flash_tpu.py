@@ -121,6 +121,16 @@ def test_sinks_alone():
   check(Problem(CASE._replace(T=140, S=140), causal(-30), sinks=jnp.array([0.5, -3.0])))
 
 
+def test_a_bias_of_minus_infinity_masks_where_the_mask_is_full():
+  """Keys that nobody sees, the whole first block among them."""
+  q, k, v = CASE._replace(T=16, S=140, N=1).inputs()
+  extras = flash.Extras(bias=jnp.zeros((1, 1, 1, 140)).at[..., :130].set(-jnp.inf))
+  visits = flash_kit.visits(masks.prefix(140), 16, 140, (128, 128))
+  settings = flash.Settings(0.125, None, 0.0, lambda q_idx, k_idx, *_: k_idx < 140)
+  out, _ = flash_tpu.forward(q, k, v, extras, settings, visits)
+  kit.assert_close("out", out, jax.nn.dot_product_attention(q, k[:, 130:], v[:, 130:]))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_logits(dtype):
   """Scores of a thousand: the softmax is nearly hard, and everything stays finite."""
@@ -192,6 +202,32 @@ def test_long_texts_have_fewer_larger_blocks(monkeypatch):
     assert flash_tpu.unsupported(q(T), q(S), q(S), flash.Extras(), SETTINGS) is None
   assert flash_tpu.unsupported(q(2**21), q(2**21), q(2**21), flash.Extras(), SETTINGS) == (
     "262144 blocks of scores (1 masks, T=2097152, S=2097152) are more than 131072"
+  )
+
+
+def test_wide_heads_have_no_blocks_that_do_not_fit(monkeypatch):
+  """Those that the compilers for TPUs refuse are not made, and where there would be too many that
+  they take, the call is refused.
+  """
+  monkeypatch.undo()
+  ask = lambda length, width, dtype: jax.ShapeDtypeStruct((1, length, 1, width), dtype)
+  for q, block in (
+    (ask(2**19, 256, jnp.float32), (2048, 1024)),
+    (ask(2**20, 256, jnp.bfloat16), (4096, 2048)),
+  ):
+    assert flash_tpu.blocks(q.shape, q.shape, q.shape, q.dtype, SETTINGS).d_key == block
+    assert flash_tpu.unsupported(q, q, q, flash.Extras(), SETTINGS) is None
+  for q in (ask(2**20, 256, jnp.float32), ask(2**20, 512, jnp.bfloat16)):
+    reason = flash_tpu.unsupported(q, q, q, flash.Extras(), SETTINGS)
+    assert reason and "(1 masks, T=1048576, S=1048576) are more than 131072" in reason
+
+
+def test_seeds_share_the_scalar_memory_with_the_steps():
+  q = jax.ShapeDtypeStruct((8192, 128, 32, 64), jnp.bfloat16)
+  extras = flash.Extras(dropout_seeds=jnp.zeros((8192, 32), jnp.int32))
+  assert flash_tpu.unsupported(q, q, q, flash.Extras(), SETTINGS) is None
+  assert flash_tpu.unsupported(q, q, q, extras, SETTINGS) == (
+    "1 blocks of scores and 262144 seeds of dropout are more than 196608"
   )
 
 

@@ -55,6 +55,12 @@ def test_steps_are_the_visits_one_after_another(batch, heads, groups, traced):
   assert int(length) == longest
 
 
+@pytest.mark.parametrize("dtype, read", [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_a_bias_is_read_as_what_a_tpu_can_load(dtype, read):
+  extras = flash.Extras(bias=jnp.ones((1, 1, 1, 200), dtype))
+  assert flash_tpu_tiles.modifiers(extras, 200, 200, (128, 128))["bias"].array.dtype == read
+
+
 def test_a_part_divides_its_side():
   sides = (128, 256, 384, 512, 768, 1024, 4096)
   parts = [flash_tpu_tiles.part(side, 512) for side in sides]

@@ -1,5 +1,7 @@
 """Decays per channel inside a chunk: the scores of every pair against sums in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kit
-from pallas_kernels import linear_hopper_channel
+from pallas_kernels import hopper, linear_hopper_channel
 from pallas_kernels.linear_tiles import CHUNK
 
 
@@ -35,3 +37,22 @@ def test_faded_operands(harsh):
   kit.assert_close(
     "pairs", pairs_found[0, 0, 0], np.asarray(scale)[0, 0, 0][:, None] * pairs, "bfloat16"
   )
+
+
+def test_cuda_has_the_grids_of_long_texts(monkeypatch):
+  """Its first axis, the grid's last, may have any length; the others 65535."""
+  grids = []
+
+  def launch_alone(name, body, grid, out_type, scratch=()):
+    grids.append(tuple(grid.values()))
+    return lambda *given: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
+
+  monkeypatch.setattr(hopper, "launch_alone", launch_alone)
+  T = 2**23
+  x = jax.ShapeDtypeStruct((2, T, 1, 256), jnp.bfloat16)
+  g = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  given = linear_hopper_channel.Unfade(x, x, x, x, None, None, g, None)
+  run = functools.partial(linear_hopper_channel.fade, on_chip=True)
+  jax.eval_shape(run, (x,), (x,), g, None)
+  jax.eval_shape(functools.partial(linear_hopper_channel.unfade, on_chip=True), given)
+  assert grids == [(1, 2, T // CHUNK), (4, 1, 2, T // CHUNK)]
