@@ -7,7 +7,8 @@
 Likewise gpu-linear and gpu-hardmax, linear and hard-max attention.
 
 Contenders of one length are timed by turns, so that they meet the same machine, and judged by
-medians. Each first gives its answer to a short input; a wrong one is refused. Peers are optional:
+medians. Each first gives its answer to a short input. A peer that is wrong or fails is left out
+from there on, with the reason; if one of ours is wrong, that ends the run. Peers are optional:
 tokamax by `pip install 'frugal-attention[peers]'`, PyTorch in this Python or in the one that
 --torch_python names. Results and their picture go to experiments/results.
 """
@@ -17,11 +18,9 @@ import functools
 import json
 import os
 import pathlib
-import platform
-import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +39,9 @@ from experiments.benchmarks import (
   tune,
 )
 from experiments.benchmarks.cases import CHIP_SUITES
-from experiments.benchmarks.contenders import BOTH, FORWARD, STEP, Torch
+from experiments.benchmarks.contenders import BOTH, FORWARD, PEERS, STEP, Torch
 from experiments.benchmarks.hull import HULL_SUITES
+from experiments.benchmarks.rivals import one_line
 from experiments.benchmarks.suites import SUITES, Suite
 from experiments.flags import UserError, knob
 
@@ -51,6 +51,8 @@ TOLERANCE = 1e-3
 NAMES = (*SUITES, *HULL_SUITES, *CHIP_SUITES)
 # Seconds after which the idle threads of another library sleep.
 SETTLE = 0.05
+# Decoding steps in a row, at most: a cache has room for so many beyond the tokens before them.
+STEPS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +81,12 @@ def measure(name: str, torch_python: str = "") -> dict[str, Any]:
   rows: list[dict[str, Any]] = []
   errors: dict[str, float] = {}
   with Torch(torch_python) as torch:
-    absent = _absent(suite, torch)
-    present = [who for who in contenders.names(suite) if who not in absent]
-    for T in sorted({T for who in present for T in contenders.lengths(suite, who)}):
-      group = [who for who in present if T in contenders.lengths(suite, who)]
-      errors |= _refuse_the_wrong(suite, [who for who in group if who not in errors], T, torch)
-      rows += _time_length(suite, group, T, torch)
+    absent, names = _absent(suite, torch), contenders.names(suite)
+    for T in sorted({T for who in names for T in contenders.lengths(suite, who)}):
+      group = [who for who in names if who not in absent and T in contenders.lengths(suite, who)]
+      new = [who for who in group if who not in errors]
+      errors |= _refuse_the_wrong(suite, new, T, torch, absent)
+      rows += _time_length(suite, [who for who in group if who not in absent], T, torch, absent)
       say(f"T={T}: timed {len(group)} contenders, {time.time() - start:.0f} s since the start")
     rows += _time_steps(suite)
     say(f"decoding steps: timed, {time.time() - start:.0f} s since the start")
@@ -99,7 +101,7 @@ def measure(name: str, torch_python: str = "") -> dict[str, Any]:
     "absent": absent,
     "errors": errors,
     "times": rows,
-    "memory": _measure_memory(name, absent, torch_python),
+    "memory": _measure_memory(name, absent, torch_python),  # which may add to those absent
   }
 
 
@@ -114,46 +116,100 @@ def _absent(suite: Suite, torch: Torch) -> dict[str, str]:
   return absent
 
 
-def _refuse_the_wrong(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> dict[str, float]:
-  """Each contender's error at its shortest length."""
+class PeerFailed(Exception):
+  """Raised by a peer's timer; carries the peer's name and the reason."""
+
+
+def _leave_out(absent: dict[str, str], name: str, why: str) -> None:
+  absent[name] = why
+  say(f"left out: {name}: {why}")
+
+
+def _refuse_the_wrong(
+  suite: Suite, group: Sequence[str], T: int, torch: Torch, absent: dict[str, str]
+) -> dict[str, float]:
+  """Each contender's error at its shortest length; adds to `absent` the peers that are not right.
+
+  Raises:
+    RuntimeError: one of ours is wrong.
+  """
   errors = {}
   for name in group:
-    if name in contenders.IN_TORCH:
-      torch.load(suite, T)
-      errors[name] = torch.error(name, suite, T)
+    try:
+      if name in contenders.IN_TORCH:
+        torch.load(suite, T)
+        error = torch.error(name, suite, T)
+      else:
+        error = contenders.error(contenders.make(name), suite, T)
+      if not error <= TOLERANCE:
+        raise RuntimeError(f"{name} is wrong at T={T}: its error is {error:.2g}, not timed")
+    except Exception as problem:  # a library that has changed, or a process that ended
+      if name not in PEERS:
+        raise
+      _leave_out(absent, name, one_line(problem))
     else:
-      errors[name] = contenders.error(contenders.make(name), suite, T)
-    if not errors[name] <= TOLERANCE:
-      raise RuntimeError(f"{name} is wrong at T={T}: its error is {errors[name]:.2g}, not timed")
+      errors[name] = error
   return errors
 
 
-def _time_length(suite: Suite, group: Sequence[str], T: int, torch: Torch) -> list[dict[str, Any]]:
-  """Rows of forward, and of forward and backward, at one length."""
-  in_torch = [name for name in group if name in contenders.IN_TORCH]
-  if in_torch:
-    torch.load(suite, T)
+def _time_length(
+  suite: Suite, group: Sequence[str], T: int, torch: Torch, absent: dict[str, str]
+) -> list[dict[str, Any]]:
+  """Rows of forward, and of forward and backward, at one length; adds to `absent` the peers that
+  fail.
+  """
   arguments, rows = contenders.arguments(suite, T), []
+  load = functools.cache(lambda: torch.load(suite, T))
   for kind in (FORWARD, BOTH):
     timers: dict[str, timing.Timer] = {}
     for name in group:
-      if name in in_torch:
-        timers[name] = _torch_timer(torch, kind, contenders.IN_TORCH[name][0])
+      if name in contenders.IN_TORCH:
+        run = _torch_timer(torch, load, kind, contenders.IN_TORCH[name][0])
       else:
         contender = contenders.make(name)
         extra = contenders.inputs(contender, suite, T)
         function = jax.jit(contenders.program(contender, kind))
-        timers[name] = timing.timer(function, [*contenders.place(name, arguments), extra])
+        run = timing.timer(function, [*contenders.place(name, arguments), extra])
+      timers[name] = _peer_timer(name, f"{kind} at T={T}", run) if name in PEERS else run
     rounds = suite.few_rounds if suite.long <= T else suite.rounds
-    settle = SETTLE if in_torch else 0.0
-    measured = timing.interleave(timers, rounds, settle=settle)
+    measured = _by_turns(timers, rounds, absent)
     rows += [{"contender": who, "kind": kind, "T": T} | t.row() for who, t in measured.items()]
   return rows
 
 
-def _torch_timer(torch: Torch, kind: str, backend: str) -> timing.Timer:
-  ask = functools.partial(torch.ask, "time", kind=kind, backend=backend)
-  return lambda repeats: ask(repeats=repeats)["seconds"]
+def _torch_timer(torch: Torch, load: Callable[[], None], kind: str, backend: str) -> timing.Timer:
+  """Its first run hands the inputs over, if nobody did."""
+
+  def run(repeats: int) -> float:
+    load()
+    return torch.ask("time", kind=kind, backend=backend, repeats=repeats)["seconds"]
+
+  return run
+
+
+def _peer_timer(name: str, what: str, run: timing.Timer) -> timing.Timer:
+  """The timer of a peer, whose failures bear its name."""
+
+  def named(repeats: int) -> float:
+    try:
+      return run(repeats)
+    except Exception as problem:  # whatever it is, it is not ours
+      raise PeerFailed(name, f"{what}: {one_line(problem)}") from problem
+
+  return named
+
+
+def _by_turns(
+  timers: Mapping[str, timing.Timer], rounds: int, absent: dict[str, str]
+) -> dict[str, timing.Times]:
+  """Times everybody, and begins anew without a peer that fails."""
+  while True:
+    here = {name: run for name, run in timers.items() if name not in absent}
+    settle = SETTLE if here.keys() & contenders.IN_TORCH.keys() else 0.0
+    try:
+      return timing.interleave(here, rounds, settle=settle)
+    except PeerFailed as failure:
+      _leave_out(absent, *failure.args)
 
 
 def _time_steps(suite: Suite) -> list[dict[str, Any]]:
@@ -161,7 +217,7 @@ def _time_steps(suite: Suite) -> list[dict[str, Any]]:
   timers = {
     (name, T): _step_timer(suite, name, T) for name, lengths in suite.steps.items() for T in lengths
   }
-  measured = timing.interleave(timers, suite.rounds)
+  measured = timing.interleave(timers, suite.rounds, most_repeats=STEPS)
   return [
     {"contender": name, "kind": STEP, "T": T} | times.row() for (name, T), times in measured.items()
   ]
@@ -173,7 +229,7 @@ def _step_timer(suite: Suite, name: str, T: int) -> timing.Timer:
   assert layer is not None, f"{name} is ours: others have no decoding step here"
   N, H = suite.heads, suite.head_dim
   state = layer.init_state(
-    1, num_heads=N, num_kv_heads=N, head_dim=H, value_dim=H, max_length=T + 4096, dtype=jnp.float32
+    1, num_heads=N, num_kv_heads=N, head_dim=H, value_dim=H, max_length=T + STEPS, dtype=jnp.float32
   )
   extra = contenders.inputs(contender, suite, T)
   state, _ = jax.jit(layer.prefill)(state, *contenders.arguments(suite, T)[:3], **extra)
@@ -183,20 +239,22 @@ def _step_timer(suite: Suite, name: str, T: int) -> timing.Timer:
   return timing.state_timer(jax.jit(step, donate_argnums=0), state, token)
 
 
-def _measure_memory(
-  name: str, absent: Mapping[str, str], torch_python: str
-) -> list[dict[str, Any]]:
-  """Rows of peak memory, each from a fresh process."""
+def _measure_memory(name: str, absent: dict[str, str], torch_python: str) -> list[dict[str, Any]]:
+  """Rows of peak memory, each from a fresh process; adds to `absent` those that were refused."""
   suite, rows = SUITES[name], []
   for who, lengths in suite.memory.items():
     if who in absent or "memory" in absent:
       continue
     for T in lengths:
       for kind in (FORWARD, BOTH):
-        if who == "torch":
-          found = memory.measure_torch(torch_python, name, kind, T)
-        else:
-          found = memory.measure(name, who, kind, T)
+        try:
+          if who == "torch":
+            found = memory.measure_torch(torch_python, name, kind, T)
+          else:
+            found = memory.measure(name, who, kind, T)
+        except Exception as problem:  # what was measured before is kept
+          _leave_out(absent, targets.memory_of(f"{who}/{kind}/{T}"), one_line(problem))
+          continue
         qkvo = 4 * T * suite.heads * suite.head_dim * 4
         rows.append({"contender": who, "kind": kind, "T": T, "qkvo": qkvo} | found)
         say(f"memory: {who}, {kind}, T={T}: {found['growth'] / 2**20:.0f} MiB")
@@ -207,32 +265,10 @@ def _environment(torch: Mapping[str, Any]) -> dict[str, Any]:
   """Where and with what the numbers were made, of torch what it tells."""
   told = provenance.environment(("jax", "jaxlib", "flax", "numpy", "tokamax"))
   return told | {
-    "command": _command(),
     "device": jax.devices()[0].device_kind,
-    "processor": _processor(),
-    "cores": resident.cores(),
     "torch_threads": torch.get("threads"),
-    "system": f"{platform.system()} {platform.machine()}",
     "versions": told["versions"] | {"torch": torch.get("torch"), "fla": torch.get("fla")},
   }
-
-
-def _command() -> str:
-  """The command line; where other interpreters and results lie is this machine's business."""
-  shown = []
-  for argument in sys.argv[1:]:
-    name, equals, _ = argument.partition("=")
-    private = name.lstrip("-") in ("torch_python", "out") and equals
-    shown.append(f"{name}=PATH" if private else argument)
-  return shlex.join(["python", "-m", "experiments.benchmark", *shown])
-
-
-def _processor() -> str:
-  """The processor's model, as Linux tells it."""
-  path = pathlib.Path("/proc/cpuinfo")
-  lines = path.read_text().splitlines() if path.exists() else []
-  models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-  return models[0] if models else platform.processor()
 
 
 def _use_cores(count: int) -> None:
@@ -300,6 +336,7 @@ def _measured(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   path = pathlib.Path(options.out or RESULTS / f"{options.suite}.json")
   if not options.measure:
     return path, _read(path, options.suite)
+  provenance.prepare(path)
   jax.config.update("jax_platforms", "cpu")
   if options.suite in HULL_SUITES:
     suite = HULL_SUITES[options.suite]
@@ -321,12 +358,14 @@ def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
   name = chip.prepare(options.suite)
   if options.tune:
     path = pathlib.Path(options.out or tune.table_of(name))
+    provenance.prepare(path)
     where = _environment({}) | chip.chip_environment()
     save = functools.partial(files.write_results, path)
     found = tune.search(CHIP_SUITES[options.suite], options.limit_s, where, say, save)
     save(found)
     return path, found
   path = pathlib.Path(options.out or RESULTS / f"{name}_{what}.json")
+  provenance.prepare(path)
   results = chip.measure(
     options.suite,
     environment=_environment({}),
@@ -339,11 +378,25 @@ def _measured_on_chip(options: Options) -> tuple[pathlib.Path, dict[str, Any]]:
 
 
 def _read(path: pathlib.Path, suite: str) -> dict[str, Any]:
+  """What --measure=false judges and draws, after it was made sure that it can be written again."""
   with flags.blame_user():
     results = json.loads(path.read_text(encoding="utf-8"))
-  if results.get("suite") != suite:
-    raise UserError(f"{path} holds the suite {results.get('suite')!r}, not {suite!r}")
+  held = results.get("suite") if isinstance(results, dict) else None
+  if held != suite:
+    raise UserError(f"{path} holds the suite {held!r}, not {suite!r}")
+  missing = [part for part in _parts(suite) if part not in results]
+  if missing:
+    raise UserError(f"{path} holds a part of the suite {suite!r}: it lacks {', '.join(missing)}")
+  provenance.prepare(path)
   return results
+
+
+def _parts(suite: str) -> list[str]:
+  """What judging and drawing read of the results of a suite."""
+  parts = ["environment", "absent", "times"]
+  if suite in CHIP_SUITES:
+    return [*parts, "mechanism", "ours", "dtype", "cases", "checks", "refused", "unmeasured"]
+  return [*parts, "memory", *(["shape"] if suite in SUITES else [])]
 
 
 if __name__ == "__main__":

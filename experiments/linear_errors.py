@@ -1,7 +1,7 @@
 """How exact linear attention is: every form of it against the recurrence in float64.
 
     python -m experiments.linear_errors
-    python -m experiments.linear_errors --cases=decays,zeros --tokens=200
+    python -m experiments.linear_errors --cases=decays,zeros --tokens=200 --out=few.json
 
 For each kind of decay, input, number type and implementation: the relative root mean square error
 of the output, the final state and every gradient, RMSE(error) / RMSE(truth), as
@@ -36,7 +36,9 @@ from pallas_kernels.linear import Normalized
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_errors.json"
 N, M, h = 2, 32, 32
 DECAYS = ("none", "head", "token", "channel")
-NAMES = ("dq", "dk", "dv", "dg", "d_state")
+INPUTS = ("q", "k", "v", "g", "kv", "z")
+NAMES = ("out", "state", "z", "dq", "dk", "dv", "dg", "d_state", "d_z")
+"""Of results and gradients; those of z, the normalizer's state, where there is one."""
 ALLOWED_ELSEWHERE = 0.005
 """What flash-linear-attention's tests allow of its kernels, bfloat16, relative RMSE."""
 
@@ -115,10 +117,11 @@ def make(case: str, decay: str, normalize: bool, dtype: str, tokens: int) -> Inp
   x["g"] = None if shape is None else -np.log1p(np.exp(normal(*shape))) / 16
   x["kv"], x["z"] = normal(1, N, M, h), np.abs(normal(1, N, M))
   x["d_out"], x["d_kv"], x["ids"] = normal(1, T, N, h), normal(1, N, M, h), None
+  x["d_z"] = normal(1, N, M)
   x = change(rng, x, T)
   narrow = {name: jnp.asarray(x[name], dtype) for name in ("q", "k", "v", "d_out")}
-  wide = {n: x[n] if x[n] is None else jnp.asarray(x[n], jnp.float32) for n in ("g", "kv", "d_kv")}
-  return x | narrow | wide | {"z": jnp.asarray(x["z"], jnp.float32)}
+  wide = ("g", "kv", "z", "d_kv", "d_z")
+  return x | narrow | {n: x[n] if x[n] is None else jnp.asarray(x[n], jnp.float32) for n in wide}
 
 
 def by_op(x: Inputs, normalize: bool, implementation: str) -> dict[str, Any]:
@@ -126,19 +129,24 @@ def by_op(x: Inputs, normalize: bool, implementation: str) -> dict[str, Any]:
 
   attend: Any = linear_attention  # a pair, because a state is asked for
 
-  def run(q, k, v, g, kv):
+  def run(q, k, v, g, kv, z):
     out, state = attend(
-      q, k, v, log_decay=g, normalize=normalize, initial_state=linear.State(kv, x["z"]),
+      q, k, v, log_decay=g, normalize=normalize, initial_state=linear.State(kv, z),
       return_state=True, segment_ids=x["ids"], implementation=implementation,
     )  # fmt: skip
-    return out, state.kv
+    return out, state.kv, state.z
 
   def both(*given):
     results, pull = jax.vjp(run, *given)
-    return results, pull((x["d_out"].astype(results[0].dtype), x["d_kv"]))
+    return results, pull((x["d_out"].astype(results[0].dtype), x["d_kv"], x["d_z"]))
 
-  (out, state), gradients = jax.jit(both)(*(x[name] for name in ("q", "k", "v", "g", "kv")))
-  return {"out": out, "state": state} | dict(zip(NAMES, gradients, strict=True))
+  results, gradients = jax.jit(both)(*(x[name] for name in INPUTS))
+  return _named((*results, *gradients), normalize)
+
+
+def _named(values: Sequence[Any], normalize: bool) -> dict[str, Any]:
+  named = zip(NAMES, values, strict=True)
+  return {name: value for name, value in named if normalize or name not in ("z", "d_z")}
 
 
 def truth(x: Inputs, normalize: bool) -> dict[str, np.ndarray]:
@@ -162,10 +170,10 @@ def by_kernel(x: Inputs, normalize: bool, chip: str) -> dict[str, Any]:
     "tpu": lambda: pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
     "hopper": lambda: plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
   }[chip]()
-  after = contract.State(x["d_kv"], jnp.zeros_like(x["z"]) if normalize else None)
+  after = contract.State(x["d_kv"], x["d_z"] if normalize else None)
 
-  def lowered(q, k, v, g, kv):
-    state = linear.State(kv, x["z"])
+  def lowered(q, k, v, g, kv, z):
+    state = linear.State(kv, z)
     call = linear.describe(
       q, k, v, log_decay=g, normalize=normalize, initial_state=state, segment_ids=x["ids"]
     )
@@ -178,11 +186,11 @@ def by_kernel(x: Inputs, normalize: bool, chip: str) -> dict[str, Any]:
     normalized = None if weight is None else Normalized.of(out, weight, x["d_out"])
     back = kernel.backward(*operands, normalized, x["d_out"], after, static.settings, **options)
     like = jax.tree.map(lambda d, x: d.astype(x.dtype), linear_kernels.Operands(*back), operands)
-    return {"out": out, "state": end.kv}, pull(like)
+    return (out, end.kv, end.z), pull(like)
 
   with interpret:
-    results, gradients = jax.jit(both)(*(x[name] for name in ("q", "k", "v", "g", "kv")))
-  return results | dict(zip(NAMES, gradients, strict=True))
+    results, gradients = jax.jit(both)(*(x[name] for name in INPUTS))
+  return _named((*results, *gradients), normalize)
 
 
 def relative(actual: Any, expected: np.ndarray) -> float:
@@ -259,8 +267,9 @@ def main(argv: Sequence[str]) -> int:
   options = flags.parse(argv, Options(), doc=__doc__ or "")
   with flags.blame_user():
     flags.check_bounds(options)
-  jax.config.update("jax_platforms", "cpu")
   path = pathlib.Path(options.out or RESULTS)
+  provenance.prepare(path)
+  jax.config.update("jax_platforms", "cpu")
   results = {
     "environment": provenance.environment(("jax", "jaxlib", "numpy")),
     "shape": {"B": 1, "N": N, "M": M, "h": h},

@@ -8,6 +8,7 @@ says that nothing was measured, and without `h200_softmax.json`, `h200_linear.js
 there that no such chip was at hand.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -30,6 +31,11 @@ COLUMNS: Sequence[tuple[str, str, str, int]] = (
   ("and backward, 16k", "times", "forward+backward", 16384),
   ("memory, 16k", "memory", "forward+backward", 16384),
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+  """The command line: there is nothing to choose."""
 
 
 def mechanisms(root: pathlib.Path) -> str:
@@ -256,7 +262,7 @@ def _escape(cell: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Rewrites README.md in place."""
-  del argv
+  flags.parse(argv, Options(), doc=__doc__ or "")
   with flags.blame_user():
     README.write_text(rewrite(README.read_text(encoding="utf-8")), encoding="utf-8")
 

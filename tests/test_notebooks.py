@@ -81,7 +81,7 @@ def test_quickstart():
   assert "dot_product_attention runs 'xla'" in text  # for 64
   assert "did you mean 'tiled'" in text
   assert "##......\n" in text and "....####" in text
-  assert "200 steps" in text and "class " in text
+  assert "200 steps, 204,800 bytes" in text and "class " in text  # "two hundred kilobytes"
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from attention import variants
-from experiments import config, readme
+from experiments import config, flags, readme
+from experiments.flags import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -188,6 +189,20 @@ def test_other_numbers_of_a_chip(what, tmp_path):
   (folder / f"h200_{what}.json").write_text(json.dumps(found))
   text = readme.chips(tmp_path)
   assert "| token B=1 T=8192 N=96 H=128 | 0.234 / - |" in text and "TFLOP/s" not in text
+
+
+@pytest.mark.parametrize(
+  ("argument", "error"), [("--help", flags.HelpAsked), ("--hepl", UserError), ("x", UserError)]
+)
+def test_what_is_no_command_writes_nothing(argument, error, tmp_path, monkeypatch):
+  page = tmp_path / "README.md"
+  page.write_text(TEXT.replace("| `softmax` |", "| old |"))
+  monkeypatch.setattr(readme, "README", page)
+  with pytest.raises(error):
+    readme.main(["readme", argument])
+  assert "| old |" in page.read_text()
+  readme.main(["readme"])
+  assert "| old |" not in page.read_text()
 
 
 def test_rewriting_changes_only_the_blocks_and_only_once(root):

@@ -157,8 +157,12 @@ class HardCase(Shape):
 
   @property
   def family(self) -> str:
-    """What contenders are chosen by: only heads of width 2 have hulls."""
-    return "planar" if self.H == 2 else "wide"
+    """What contenders are chosen by: only heads of width 2 have hulls, and XLA's tiles would take
+    minutes from 128k tokens on.
+    """
+    if self.H != 2:
+      return "wide"
+    return "planar" if self.T < 128 * K else "planar, long"
 
   def rate(self, kind: str, seconds: float) -> dict[str, float]:
     """Pairs of a query and a key that it may read in a second, whoever looks at them or not."""
@@ -267,7 +271,7 @@ CHIP_SUITES: Final[Mapping[str, ChipSuite]] = {
     least=0.04,
     together=2,
     checks=None,
-    contenders={"planar": ("bulk", "tiled"), "wide": ("tiled",)},
+    contenders={"planar": ("bulk", "tiled"), "planar, long": ("bulk",), "wide": ("tiled",)},
     cases=tuple(
       HardCase(B=1, T=T * K, N=8, H=H)
       for H, lengths in ((2, (16, 64, 128, 256, 4, 32)), (8, (16, 64)))

@@ -38,6 +38,8 @@ from experiments.benchmarks.contenders import BOTH, Torch
 from experiments.benchmarks.rivals import Inputs, Ready
 from experiments.flags import UserError
 
+Progress = Callable[[str], None]
+"""Told what begins, so that what does not end has a name and a time of its own."""
 CHECKS_SHARE = 0.4  # of the time, at most
 RESERVE = 20.0  # seconds of it, for what comes before and after the measuring
 HANG = 240.0  # seconds without progress after which a kernel counts as one that never ends
@@ -190,11 +192,11 @@ def _time_all(
       results["unmeasured"] |= {case.name: "the time was up (--limit_s)" for case in left}
       say(f"time is up: {len(left)} cases were not measured")
       return
-    with watched(f"{group[0].name} and the {len(group) - 1} after it", say):
-      ready = _compile(suite, group, results["absent"])
+    with watched(f"{group[0].name} and the {len(group) - 1} after it", say) as progress:
+      ready = _compile(suite, group, results["absent"], progress)
       for case in group:
         given, rivals_ready = ready.pop(case)
-        rows = _time_case(suite, case, rivals_ready, torch, results)
+        rows = _time_case(suite, case, rivals_ready, torch, results, progress)
         del given, rivals_ready
         gc.collect()
         say(f"{case.name}: {rows} rows, {time.monotonic() - start:.0f} s of timing")
@@ -203,7 +205,7 @@ def _time_all(
 
 
 def _compile(
-  suite: ChipSuite, group: Sequence[AnyCase], absent: Mapping[str, str]
+  suite: ChipSuite, group: Sequence[AnyCase], absent: Mapping[str, str], progress: Progress
 ) -> dict[AnyCase, tuple[Inputs, dict[str, Ready]]]:
   """The contenders of this process, of several cases, compiled side by side."""
   library = mechanism(suite).rivals
@@ -218,6 +220,7 @@ def _compile(
   found: dict[AnyCase, tuple[Inputs, dict[str, Ready]]] = {c: (given[c], {}) for c in group}
   for (case, who), task in tasks.items():
     found[case][1][who] = task.result()
+    progress(f"the first runs of {case.name}")
   return found
 
 
@@ -235,6 +238,7 @@ def _time_case(
   ready: dict[str, Ready],
   torch: Torch,
   results: dict[str, Any],
+  progress: Progress,
 ) -> int:
   """Times one case and writes its rows, and who could not take part; returns how many there are."""
   library = mechanism(suite).rivals
@@ -243,6 +247,7 @@ def _time_case(
     for who in suite.contenders[case.family]
     if who in library.TORCH and who not in results["absent"]
   ]
+  progress(f"the first runs of {case.name}")
   if by_torch:
     ready = ready | library.prepare_torch(by_torch, suite, case, torch)
   timers: dict[tuple[str, str], timing.Timer] = {}
@@ -256,7 +261,7 @@ def _time_case(
       results["checks"]["rows"].append(row)
     for kind in rivals.KINDS:
       if kind in one.timers and not (wrong and who != suite.ours):
-        timers[who, kind] = one.timers[kind]
+        timers[who, kind] = told(f"{who}, {kind}, {case.name}", one.timers[kind], progress)
       else:
         results["refused"][f"{who}/{kind}/{case.name}"] = one.refused.get(kind, wrong)
   try:
@@ -268,6 +273,16 @@ def _time_case(
   results["times"] += rows
   del results["unmeasured"][case.name]
   return len(rows)
+
+
+def told(what: str, run: timing.Timer, progress: Progress) -> timing.Timer:
+  """A timer that tells the watch what is about to run."""
+
+  def telling(repeats: int) -> float:
+    progress(what)
+    return run(repeats)
+
+  return telling
 
 
 def _wrong(suite: ChipSuite, who: str, one: Ready) -> str:
@@ -292,24 +307,32 @@ def _rows(
 
 
 @contextlib.contextmanager
-def watched(what: str, say: Callable[[str], None]) -> Generator[None]:
-  """Ends the program if what is inside never does: a kernel on the chip cannot be interrupted."""
+def watched(what: str, say: Callable[[str], None]) -> Generator[Progress]:
+  """Ends the program if what is inside stands still: a kernel on the chip cannot be interrupted.
+  What it yields is to be called with what begins; from there the time counts anew.
+  """
+  last, over = (time.monotonic(), what), threading.Event()
 
-  def end() -> None:
+  def progress(what: str) -> None:
+    nonlocal last
+    last = time.monotonic(), what
+
+  def watch() -> None:
+    while (left := last[0] + HANG - time.monotonic()) > 0:
+      if over.wait(left):
+        return
     say(
-      f"no progress in {HANG:g} s during {what}: a kernel does not end. What was measured before "
-      "it is saved; --measure=false draws and judges that"
+      f"no progress in {HANG:g} s during {last[1]}: a kernel does not end. What was measured "
+      "before it is saved; --measure=false draws and judges that"
     )
     sys.stderr.flush()
     os._exit(3)
 
-  timer = threading.Timer(HANG, end)
-  timer.daemon = True
-  timer.start()
+  threading.Thread(target=watch, daemon=True).start()
   try:
-    yield
+    yield progress
   finally:
-    timer.cancel()
+    over.set()
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -39,6 +39,8 @@ IN_TORCH: Final[Mapping[str, tuple[str, str]]] = {
   "fla": ("fla", "linear"),
 }
 """Who runs in the worker: its backend there, and whose reference is its truth."""
+PEERS: Final = ("jax.nn", "tokamax", *IN_TORCH)
+"""Who is not ours: it is left out where it fails."""
 VARIANT: Final = "variant "  # "variant softmax" is that entry with its default options
 
 
@@ -144,7 +146,12 @@ def error(contender: Contender, suite: Suite, T: int) -> float:
 class Torch:
   """The worker, and what is said to it. `absent` tells why there is none. To be used by `with`."""
 
-  def __init__(self, python: str = "", module: str = torch_worker.__name__) -> None:
+  def __init__(
+    self,
+    python: str = "",
+    module: str = torch_worker.__name__,
+    environment: Mapping[str, str] = {},
+  ) -> None:
     self.absent: str | None = None
     self.versions: dict[str, Any] = {}
     self._open = contextlib.ExitStack()
@@ -156,14 +163,14 @@ class Torch:
     self._said = self._open.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
     pipe = subprocess.PIPE
     # Another interpreter must not see the packages that were added to this one's path.
-    theirs = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment = theirs if python else None
+    hidden = ("PYTHONPATH",) if python else ()
+    theirs = {name: value for name, value in os.environ.items() if name not in hidden}
     try:
       self._process = self._open.enter_context(
         subprocess.Popen(
           command,
           cwd=ROOT,
-          env=environment,
+          env={**theirs, **environment},
           stdin=pipe,
           stdout=pipe,
           stderr=self._said,

@@ -37,7 +37,7 @@ def absent(name: str, suite: ChipSuite, torch: Torch) -> str | None:
       return "fla is not installed beside torch (pip install flash-linear-attention)"
     return None if torch.versions.get("devices") else "fla's kernels need a GPU that torch sees"
   if name == "jax-linear-attention" and importlib.util.find_spec("jla") is None:
-    return "jax-linear-attention is not installed (pip install jax-linear-attention)"
+    return "jax-linear-attention is not installed (pip install --no-deps jax-linear-attention)"
   return None
 
 

@@ -44,6 +44,11 @@ def key(row: Row) -> str:
   return f"{row['contender']}/{row['kind']}/{row.get('case', row['T'])}"
 
 
+def memory_of(row: str) -> str:
+  """How `absent` writes that the memory of a row was not measured."""
+  return f"memory of {row}"
+
+
 def judge(target: Mapping[str, Any], results: Mapping[str, Any]) -> Verdict:
   """One target against the results of its suite."""
   bound = next(f"{name.replace('_', ' ')} {target[name]:g}" for name in _BOUNDS if name in target)
@@ -61,7 +66,7 @@ def _why(row: str, target: Mapping[str, Any], results: Mapping[str, Any]) -> str
   who, kind, case = [*row.split("/", 2), "", ""][:3]
   absent, refused = results["absent"], results.get("refused", {})
   reasons = [
-    absent.get("memory") if "memory" in target else None,
+    *(absent.get(name) for name in ("memory", memory_of(row)) if "memory" in target),
     absent.get(who),
     results.get("unmeasured", {}).get(case),
     *(refused.get(f"{who}/{one}/{case}") for one in kind.split("+")),

@@ -114,14 +114,15 @@ class Worker(Held):
       return attend(*self.inputs, **self.allowed)
 
   def memory(self, kind: str) -> dict[str, Any]:
-    """Bytes by which one call raises the peak of this process."""
+    """Bytes by which one call raises the peak of this process, and bytes of its outputs."""
     tiny = [x[:, :, :16].detach().clone().requires_grad_() for x in self.inputs]
     attend = self.torch.nn.functional.scaled_dot_product_attention
     self.torch.autograd.grad(attend(*tiny, **self.allowed).sum(), tiny)  # loads what loads once
     zero = resident.start()
     kept = self.once(kind)
-    del kept
-    return {"growth": resident.growth(zero)}
+    growth = resident.growth(zero)
+    outputs = kept if isinstance(kept, tuple) else (kept,)
+    return {"growth": growth, "outputs": sum(x.numel() * x.element_size() for x in outputs)}
 
   def answer(self, folder: str, backend: str = "") -> dict[str, Any]:
     """Writes the output, float32 [B, T, N, H]."""
@@ -178,6 +179,8 @@ def serve(make: Any) -> None:
       reply = getattr(worker, request.pop("do"))(**request)
     except RuntimeError as refusal:  # a backend that cannot, or memory that does not suffice
       reply = {"refused": " ".join(str(refusal).split())}
+    except Exception as refusal:  # a library that has changed
+      reply = {"refused": " ".join(f"{type(refusal).__name__}: {refusal}".split())}
     print(json.dumps(reply), file=replies)
 
 

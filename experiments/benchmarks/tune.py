@@ -153,8 +153,8 @@ def search(
       if begun - start + slowest > limit_s:
         table["not_tuned"].append(f"{case.name}: {what}")
         continue
-      with chip.watched(f"{what} of {case.name}", say):
-        tried = _try(bench, what, plans, say)
+      with chip.watched(f"{what} of {case.name}", say) as progress:
+        tried = _try(bench, what, plans, say, progress)
       best = tried[0]
       if best["plan"]:
         plans[what] = best["plan"]
@@ -181,7 +181,9 @@ def _refuse_the_deaf(bench: Bench) -> None:
     )
 
 
-def _try(bench: Bench, what: str, plans: Plans, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _try(
+  bench: Bench, what: str, plans: Plans, say: Callable[[str], None], progress: chip.Progress
+) -> list[dict[str, Any]]:
   """Every plan of one pass, the one to use first: {} is the kernel's own."""
   tried: list[Plan] = [{}, *candidates(what, bench.case.H, bench.case.H)]
   rows = [
@@ -192,6 +194,7 @@ def _try(bench: Bench, what: str, plans: Plans, say: Callable[[str], None]) -> l
   programs = _compiled(bench, what, plans, arguments, rows)
   truth = None
   for index in list(programs):
+    progress(f"{what} of {bench.case.name} by {tried[index]}")
     try:
       answer = _answer(programs[index](*arguments))
     except Exception as problem:  # a plan that the chip refuses
@@ -202,7 +205,10 @@ def _try(bench: Bench, what: str, plans: Plans, say: Callable[[str], None]) -> l
         rows[index]["refused"] = "its answer differs from that of the kernel's own plan"
     if rows[index]["refused"]:
       del programs[index]
-  timers = {index: timing.queue_timer(run, arguments) for index, run in programs.items()}
+  timers = {
+    index: chip.told(f"{what} by {tried[index]}", timing.queue_timer(run, arguments), progress)
+    for index, run in programs.items()
+  }
   measured = timing.interleave(timers, bench.suite.rounds, least=bench.suite.least)
   for index, times in measured.items():
     rows[index]["median"] = times.row()["median"]

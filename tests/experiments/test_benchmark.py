@@ -1,14 +1,19 @@
 """The benchmark at toy size from end to end; its clock, its targets and its peers one by one."""
 
+import dataclasses
+import io
 import json
-import pathlib
+import os
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import contenders, memory, resident, targets, timing
+from experiments.benchmarks import contenders, memory, resident, targets, timing, torch_worker
 from experiments.benchmarks.suites import SUITES
 from experiments.flags import UserError
 
@@ -45,7 +50,8 @@ def test_toy_suite_measures_everyone(toy):
         row = rows[f"{name}/{kind}/{T}"]
         assert 0 < row["min"] <= row["median"] and len(row["seconds"]) == row["rounds"] >= 2
   assert all(f"{name}/step/{T}" in rows for name, lengths in suite.steps.items() for T in lengths)
-  assert all(row["growth"] >= 0 and row["qkvo"] == 4 * 128 * 2 * 8 * 4 for row in results["memory"])
+  for row in results["memory"]:
+    assert row["growth"] >= row["outputs"] > 0 and row["qkvo"] == 4 * 128 * 2 * 8 * 4
 
 
 def test_toy_suite_says_where_it_ran_and_draws(toy):
@@ -61,8 +67,86 @@ def test_toy_suite_says_where_it_ran_and_draws(toy):
 def test_wrong_answers_are_not_timed(monkeypatch):
   wrong = contenders.Contender("tiled", lambda q, k, v: v, contenders.make("tiled").truth)
   monkeypatch.setattr(contenders, "make", lambda name: wrong)
+  absent = {}
+  torch = contenders.Torch("no such python")
   with pytest.raises(RuntimeError, match="tiled is wrong at T=64"):
-    benchmark._refuse_the_wrong(SUITES["toy"], ["tiled"], 64, contenders.Torch("no such python"))
+    benchmark._refuse_the_wrong(SUITES["toy"], ["tiled"], 64, torch, absent)
+  assert benchmark._refuse_the_wrong(SUITES["toy"], ["jax.nn"], 64, torch, absent) == {}
+  assert "jax.nn is wrong at T=64: its error is" in absent["jax.nn"]
+
+
+def test_a_peer_that_fails_while_it_is_timed_costs_nobody_else_a_row(monkeypatch):
+  """One whose backward pass raises, and a worker that ended: ours are timed, and they are named."""
+
+  @jax.custom_vjp
+  def half(q, k, v):
+    return v
+
+  def no(*args):
+    raise TypeError("a new signature")
+
+  half.defvjp(lambda *qkv: (half(*qkv), None), no)
+  make = contenders.make
+  peer = contenders.Contender("jax.nn", half, half)
+  monkeypatch.setattr(contenders, "make", lambda name: peer if name == "jax.nn" else make(name))
+  absent, group = {}, ["jax.nn", "torch", "tiled"]
+  gone = contenders.Torch("no such python")
+  rows = benchmark._time_length(SUITES["toy"], group, 64, gone, absent)
+  kinds = {name: [row["kind"] for row in rows if row["contender"] == name] for name in group}
+  assert kinds == {"jax.nn": ["forward"], "torch": [], "tiled": ["forward", "forward+backward"]}
+  assert absent["jax.nn"] == "forward+backward at T=64: TypeError: a new signature"
+  assert absent["torch"].startswith("forward at T=64: ")
+
+
+def test_a_worker_answers_whatever_goes_wrong(monkeypatch, capfd):
+  """A line for each request, also for what is no RuntimeError."""
+  asked = [{"do": "no such method"}, {"do": "fail"}, {"do": "work"}]
+
+  class Worker:
+    def __init__(self, torch):
+      self.fail, self.work = {}.popitem, lambda: {"seconds": 1}
+
+  replies = io.StringIO()
+  monkeypatch.setattr(torch_worker.os, "fdopen", lambda *args, **options: replies)
+  monkeypatch.setattr(torch_worker.os, "dup", lambda fd: fd)
+  monkeypatch.setattr(torch_worker.os, "dup2", lambda *fds: None)
+  torch = types.SimpleNamespace(set_num_threads=lambda count: None)
+  monkeypatch.setattr(torch_worker.importlib, "import_module", lambda name: torch)
+  monkeypatch.setattr(torch_worker, "versions", lambda torch: {})
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, asked))))
+  torch_worker.serve(Worker)
+  _, *found = map(json.loads, replies.getvalue().splitlines())
+  assert "no such method" in found[0]["refused"] and found[1]["refused"].startswith("KeyError: ")
+  assert found[2] == {"seconds": 1}
+
+
+def test_a_step_is_timed_after_as_many_tokens_as_its_row_says(monkeypatch):
+  """However short a step is, the cache has room for those in a row, and for few."""
+  seen = []
+
+  def timer(step, state, token):
+    seen.append(state)
+    return lambda repeats: 1e-6 * repeats
+
+  monkeypatch.setattr(timing, "state_timer", timer)
+  suite = dataclasses.replace(SUITES["toy"], steps={"tiled": (64,)})
+  (row,) = benchmark._time_steps(suite)
+  (state,) = seen
+  assert int(state.length[0]) == 64 == row["T"]
+  assert 64 + row["repeats"] <= state.key.shape[2] <= 64 + 64
+
+
+def test_a_timed_state_starts_anew_and_stays():
+  calls = []
+
+  def step(state, token):
+    calls.append(int(state))
+    return state + token, state
+
+  run = timing.state_timer(step, jnp.int32(7), [jnp.int32(1)])
+  run(3)
+  run(2)
+  assert calls == [7, 8, 9, 7, 8]
 
 
 def test_every_target_names_a_row_that_its_suite_measures():
@@ -153,6 +237,8 @@ def test_check_names_what_is_missed(toy, tmp_path, capsys):
     (["--suite=cup"], "did you mean 'cpu'"),
     (["--suit=cpu"], "suit"),
     (["--suite=toy", "--measure=false", "--out=/nowhere/toy.json"], "/nowhere/toy.json"),
+    (["--suite=toy", "--out=toy.png"], "--out=toy.png must end in .json, and ends in '.png'"),
+    (["--suite=toy", "--out=/dev/null/toy.json"], "--out=/dev/null/toy.json cannot be written"),
   ],
 )
 def test_mistakes_get_a_sentence(arguments, sentence):
@@ -163,6 +249,18 @@ def test_mistakes_get_a_sentence(arguments, sentence):
 def test_results_of_another_suite_are_refused(toy):
   with pytest.raises(UserError, match="holds the suite 'toy', not 'cpu'"):
     benchmark.main(["benchmark", "--suite=cpu", "--measure=false", f"--out={toy[1]}"])
+
+
+@pytest.mark.parametrize("suite", ["toy", "hull-toy", "gpu-toy"])
+def test_what_is_no_result_is_refused(suite, tmp_path):
+  path = tmp_path / "some.json"
+  again = ["benchmark", f"--suite={suite}", "--measure=false", f"--out={path}"]
+  path.write_text("[]")
+  with pytest.raises(UserError, match=f"some.json holds the suite None, not '{suite}'"):
+    benchmark.main(again)
+  path.write_text(json.dumps({"suite": suite, "absent": {}}))
+  with pytest.raises(UserError, match=f"holds a part of the suite '{suite}': it lacks environment"):
+    benchmark.main(again)
 
 
 def test_turns():
@@ -210,6 +308,51 @@ def test_growth_sees_what_was_held_and_freed():
   assert 60 << 20 <= held < 80 << 20 and nothing < 8 << 20
 
 
+@pytest.mark.skipif(resident.unsupported() is not None, reason=str(resident.unsupported()))
+def test_growth_sees_memory_that_a_thread_had_before():
+  """A thread frees 15 MiB and takes as much again: a new process must give them back between."""
+  code = """
+from concurrent.futures import ThreadPoolExecutor
+from experiments.benchmarks import resident
+with ThreadPoolExecutor(1) as pool:
+  take = lambda size: pool.submit(lambda: len(bytearray(size << 20))).result()
+  take(20), take(15)
+  zero = resident.start()
+  take(15)
+  print(resident.growth(zero))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=contenders.ROOT,
+    env=os.environ | memory.ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert 14 << 20 <= int(done.stdout) < 20 << 20
+
+
+def test_memory_that_cannot_be_is_measured_again_and_then_refused(monkeypatch):
+  said, environments = iter([3, 9, 3, 3, 4]), []
+
+  def run(command, env, **options):
+    environments.append(env["MALLOC_MMAP_THRESHOLD_"])
+    told = json.dumps({"growth": next(said), "outputs": 8})
+    return subprocess.CompletedProcess(command, 0, told, "")
+
+  monkeypatch.setattr(memory.subprocess, "run", run)
+  suite = dataclasses.replace(SUITES["toy"], memory={"tiled": (128,)})
+  monkeypatch.setattr(benchmark, "SUITES", {"toy": suite})
+  monkeypatch.setattr(benchmark, "BOTH", "forward")
+  absent = {}
+  (row,) = benchmark._measure_memory("toy", absent, "")
+  assert row["growth"] == 9 and environments == ["131072"] * 5
+  assert "grew by 4 bytes in the last of 3 tries" in absent["memory of tiled/forward/128"]
+  asked = {"what": "it", "memory": "tiled/forward/128", "at_most": 1.0}
+  judged = targets.judge(asked, {"absent": absent, "times": [], "memory": []})
+  assert (judged.verdict, judged.why) == ("unmeasured", absent["memory of tiled/forward/128"])
+
+
 def test_memory_of_a_dense_answer_is_that_of_its_scores():
   """jax.nn at T=128 with 2 heads: its temporaries hold at least one array of [2, 128, 128]."""
   if why := resident.unsupported():
@@ -235,12 +378,3 @@ def test_torch_gives_the_same_answer():
         assert torch.error(name, suite, 128) < 1e-5
         timed = torch.ask("time", kind="forward+backward", repeats=2, backend=backend)
         assert timed["seconds"] > 0
-
-
-def test_command_hides_this_machine(monkeypatch):
-  folder = pathlib.Path("/somewhere/else")
-  monkeypatch.setattr(
-    sys, "argv", ["x", "--suite=cpu", f"--torch_python={folder}/python", f"--out={folder}/a.json"]
-  )
-  shown = benchmark._command()
-  assert shown == "python -m experiments.benchmark --suite=cpu --torch_python=PATH --out=PATH"

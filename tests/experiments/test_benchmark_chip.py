@@ -270,6 +270,30 @@ def test_a_kernel_that_never_ends_ends_the_program(monkeypatch):
   assert len(codes) == 1
 
 
+def test_each_step_of_progress_has_its_own_time(monkeypatch):
+  """Steps that take longer than the limit together are let through; what stops then is named."""
+  codes, said = [], []
+  monkeypatch.setattr(chip.os, "_exit", codes.append)
+  monkeypatch.setattr(chip, "HANG", 1.0)
+  with chip.watched("a group", said.append) as progress:
+    run = chip.told("one kernel", lambda repeats: time.sleep(0.3), progress)
+    for _ in range(4):
+      run(1)
+    assert codes == []
+    time.sleep(1.2)
+  assert codes == [3] and "during one kernel: a kernel does not end" in said[0]
+
+
+def test_every_timed_run_is_progress(monkeypatch):
+  told = []
+  results = {"refused": {}, "errors": {}, "times": [], "unmeasured": {SMALL.name: ""}, "absent": {}}
+  suite = dataclasses.replace(TOY, contenders=dict.fromkeys(TOY.contenders, ()), rounds=2)
+  ready = {"tiled": rivals.Ready({"forward": lambda repeats: 1.0}, {"backward": "none"})}
+  torch = contenders.Torch("no such python")
+  assert chip._time_case(suite, SMALL, ready, torch, results, told.append) == 1
+  assert told.count(f"tiled, forward, {SMALL.name}") == 2 + 2
+
+
 # Checks.
 
 

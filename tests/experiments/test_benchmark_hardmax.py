@@ -44,6 +44,12 @@ def test_targets_name_rows_that_are_measured():
       assert who in (SUITE.ours, *names[case]) and kind == "forward"
 
 
+def test_tiles_are_left_out_where_they_would_take_minutes():
+  tiled = {case.T for case in SUITE.cases if "tiled" in SUITE.contenders[case.family]}
+  assert max(tiled) < 131072 <= max(case.T for case in SUITE.cases)
+  assert {case.T for case in SUITE.cases if case.T < 131072} == tiled
+
+
 def test_the_truth_is_a_scan():
   case = TOY.cases[0]
   given = hardmax_rivals.inputs(TOY, case)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_regret_counts_from_the_best_key_that_may_be_read():
   q, k = np.array([[1, 1]] * 3), np.array([[1, 0], [0, 2], [5, 5]])
   assert hull._lost(q, k, np.array([0, 1, 2])) == 0
   assert hull._lost(q, k, np.array([0, 0, 2])) == pytest.approx(1 / 10)
+
+
+def test_a_scan_reads_the_mean_of_the_best_keys_of_an_array_each_coordinate():
+  """Two keys tie for the first query. No pass of the loop reads keys or values in pairs."""
+  q, k = jnp.array([[1.0, 0], [0, 1]]), jnp.array([[2.0, 0], [2, 1], [1, 3]])
+  v = jnp.array([[1.0, 10], [3, 30], [7, 70]])
+  np.testing.assert_array_equal(hull.scan(q, k, v), [[2, 20], [7, 70]])
+  (loop,) = (e for e in jax.make_jaxpr(hull.scan)(q, k, v).eqns if e.primitive.name == "scan")
+  assert {x.aval.shape for x in loop.params["jaxpr"].jaxpr.invars} == {(2,), (3,)}
 
 
 @pytest.mark.parametrize("family", ["gaussian", "circle", "parabola", "parabola, shuffled"])

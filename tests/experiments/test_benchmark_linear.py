@@ -121,7 +121,7 @@ def test_absent_peers_say_what_to_install(monkeypatch):
   assert absent("fla", gone) == "torch is not installed"
   assert "pip install flash-linear-attention" in absent("fla", here)
   assert "need a GPU" in absent("fla", blind)
-  assert "pip install jax-linear-attention" in absent("jax-linear-attention", gone)
+  assert "pip install --no-deps jax-linear-attention" in absent("jax-linear-attention", gone)
   assert absent("chunked", gone) is None and absent("torch recurrence", blind) is None
 
 
