@@ -2,8 +2,8 @@
 
     from attention import dot_product_attention, linear_attention, causal
 
-The ops are pure functions of arrays `B T N H` (see `attention.types`). Importing this costs no more
-than importing jax; `VARIANTS` and the Flax modules load when they are first asked for.
+The ops are pure functions of arrays `B T N H` (see `attention.types`). Importing this costs little
+more than importing jax; `VARIANTS` and the Flax modules load when they are first asked for.
 """
 
 import importlib

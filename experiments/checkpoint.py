@@ -7,6 +7,7 @@ Orbax is used only here.
 """
 
 import gc
+import itertools
 import json
 import logging
 import pathlib
@@ -34,11 +35,15 @@ def like(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
 
 
 class Checkpoints:
-  """The checkpoints in one folder. Every process of a run calls every method."""
+  """The checkpoints in one folder. Every process of a run calls every method.
 
-  def __init__(self, folder: str | pathlib.Path, *, keep: int = 3):
+  A `reader` touches nothing: the run that writes there may be alive. Who writes sweeps away what a
+  kill left unfinished, and must be alone in the folder.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, *, keep: int = 3, reader: bool = False):
     self.folder = pathlib.Path(folder).resolve()
-    self._keep = keep
+    self._keep, self._reader = keep, reader
     self._open = self._new()
     self._writing: int | None = None
 
@@ -46,7 +51,7 @@ class Checkpoints:
     policy: Any = ocp.training.preservation_policies.LatestN(self._keep)
     with _quiet(), _one_sentence(f"{self.folder} cannot be opened for checkpoints"):
       return ocp.training.Checkpointer(
-        str(self.folder), preservation_policy=policy, cleanup_tmp_directories=True
+        str(self.folder), preservation_policy=policy, cleanup_tmp_directories=not self._reader
       )
 
   def __enter__(self):
@@ -202,7 +207,8 @@ class Checkpoints:
       target: see `restore`.
       check: called with the page about a checkpoint before it is read; raises to refuse it.
       tell: called with one line of text for each damaged checkpoint that is passed over.
-      set_aside: rename damaged ones to <step>.damaged, so that their steps can be written again.
+      set_aside: rename damaged ones to <step>.damaged (the next time <step>-2.damaged), so that
+        their steps can be written again.
 
     Raises:
       UserError: there is none, or it is of another model.
@@ -224,7 +230,9 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
-      (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+      names = (f"{step}-{n}.damaged" if n > 1 else f"{step}.damaged" for n in itertools.count(1))
+      free = next(name for name in names if not (self.folder / name).exists())
+      (self.folder / str(step)).rename(self.folder / free)
     self._open.reload()
 
 

@@ -63,7 +63,9 @@ class OptimConfig:
     "cosine",
     "After the warm-up: a half cosine, nothing, or constant with a linear decay at the end.",
   )
-  warmup: int = knob(50, "Steps of linear warm-up from 0; at most half of --steps.", "[0, inf)")
+  warmup: int = knob(
+    50, "Steps of linear warm-up, from lr / (warmup + 1); at most half of --steps.", "[0, inf)"
+  )
   decay: float = knob(0.2, "wsd: share of the steps spent decaying at the end.", "(0, 1]")
   final: float = knob(0.1, "Last learning rate, as a share of the peak (cosine, wsd).", "[0, 1]")
   b1: float = knob(0.9, "Adam's decay of the mean gradient.", "[0, 1)")
@@ -74,7 +76,8 @@ class OptimConfig:
   clip: float = knob(1.0, "Largest global gradient norm; 0 does not clip.", "[0, inf)")
   accumulate: int = knob(
     1,
-    "Pieces that a batch is cut into, to save memory; the result is that of the whole.",
+    "Pieces that a batch is cut into, to save memory; without dropout the result is that of the "
+    "whole.",
     "[1, inf)",
   )
   ema: float = knob(0.0, "Decay per step of an average of the parameters; 0 keeps none.", "[0, 1)")

@@ -114,6 +114,15 @@ def eval_batch_size(config: Config) -> int:
   return math.ceil(wanted / share) * share
 
 
+def check_data(workdir: pathlib.Path, then: str, now: str) -> None:
+  """Refuses, by their sha256, other data than the run was trained on."""
+  if then != now:
+    raise flags.UserError(
+      f"the data changed since the run in {workdir} was started (sha256 {then[:12]} then, "
+      f"{now[:12]} now); give another --workdir"
+    )
+
+
 class Loaded(NamedTuple):
   """A finished or running run, as its workdir holds it."""
 
@@ -124,17 +133,21 @@ class Loaded(NamedTuple):
   params: Params
 
 
-def load(workdir: str) -> Loaded:
+def load(workdir: str, *, data: bool = True) -> Loaded:
   """The newest checkpoint of a run, on one device.
 
+  Args:
+    workdir: folder of the run.
+    data: whether the task's records will be read, and must be those that the run was trained on.
+
   Raises:
-    UserError: `workdir` holds no run or no checkpoint.
+    UserError: `workdir` holds no run or no checkpoint, or the data is not what it was.
   """
   folder = pathlib.Path(workdir) / "checkpoints"
   config = configs.load(workdir)
   if not folder.is_dir():
     raise flags.UserError(f"--workdir={workdir} holds no checkpoint yet")
-  with Checkpoints(folder) as checkpoints:
+  with Checkpoints(folder, reader=True) as checkpoints:
     # The configuration that the parameters were made with: config.json may be a later command's.
     about = checkpoints.about(checkpoints.steps[-1]) if checkpoints.steps else {}
     with blame_user():
@@ -144,7 +157,12 @@ def load(workdir: str) -> Loaded:
     model = make_model(config, task.vocab_size)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = like(jax.eval_shape(lambda: learning.init_state(config, model)), here)
-    step, state = checkpoints.restore_newest(target)
+
+    def check(there: Mapping[str, Any]) -> None:
+      if data:
+        check_data(folder.parent, there["data"], task.card.sha256)
+
+    step, state = checkpoints.restore_newest(target, check=check)
   return Loaded(config, task, model, step, state.best_params)
 
 
@@ -182,10 +200,10 @@ def main(argv: Sequence[str]) -> None:
     sequences=options.sequences,
   )
   row: dict[str, Any] = {**score.row(), "split": "whole" if not options.sequences else "sample"}
+  print(f"step {run.step}: {describe(run.task, score)}")
+  print(json.dumps({"step": run.step, **row}), flush=True)
   with metrics.Metrics(options.workdir) as out:
     out.write("evaluation", run.step, **row)
-  print(f"step {run.step}: {describe(run.task, score)}")
-  print(json.dumps({"step": run.step, **row}))
 
 
 if __name__ == "__main__":

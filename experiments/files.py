@@ -10,8 +10,12 @@ from typing import Any
 def replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file so that a reader finds the old one or the new one, never half of it."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(content)
-  os.replace(partial, path)
+  try:
+    partial.write_bytes(content)
+    os.replace(partial, path)
+  except OSError:
+    partial.unlink(missing_ok=True)
+    raise
 
 
 def write_results(path: pathlib.Path, results: Mapping[str, Any]) -> None:

@@ -194,6 +194,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json[T](default: T, tree: Mapping[str, Any]) -> T:
   """The tree that `to_json` wrote; leaves that are absent keep the value they have in `default`."""
+  if not isinstance(tree, Mapping):
+    raise ValueError(f"a configuration is an object of names and values, not {tree!r}")
   known, given = leaves(default), _flatten(tree)
   for name in given:
     if name not in known:
@@ -216,12 +218,16 @@ def unknown(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> s
 
 
 @contextmanager
-def blame_user(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
-  """Inside this block, errors of these kinds are the user's: they become a `UserError`."""
+def blame_user(kinds: tuple[type[Exception], ...] = (ValueError, OSError), what: str = ""):
+  """Inside this block, errors of these kinds are the user's: they become a `UserError`.
+
+  So do numbers that are too large for the machine, in whatever block. The sentence begins with
+  `what`, where the error itself cannot know where it happened.
+  """
   try:
     yield
-  except kinds as error:
-    raise UserError(" ".join(str(error).split())) from error
+  except (*kinds, OverflowError, MemoryError) as error:
+    raise UserError(what + " ".join(str(error).split())) from error
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> None:

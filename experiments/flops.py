@@ -147,8 +147,8 @@ PEAKS: Mapping[str, float] = {
 }
 
 
-def peak(device: jax.Device | None = None) -> float | None:
-  """Operations per second of all devices of this run together; None for a device that is not known.
+def peak(device: jax.Device | None = None, devices: int = 1) -> float | None:
+  """Operations per second of so many devices together; None for a device that is not known.
 
   A CPU's is measured, once per process, by multiplying matrices; its virtual devices share it. For
   others it is the published rate of dense bfloat16, also for a model in float32.
@@ -157,7 +157,7 @@ def peak(device: jax.Device | None = None) -> float | None:
   if device.platform == "cpu":
     return _cpu_peak() * jax.process_count()
   known = [name for name in PEAKS if device.device_kind.startswith(name)]
-  return PEAKS[max(known, key=len)] * jax.device_count() if known else None
+  return PEAKS[max(known, key=len)] * devices if known else None
 
 
 @functools.cache

@@ -38,13 +38,14 @@ def keep_likeliest(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
   """
   order = jnp.argsort(-logits, axis=-1, stable=True)
   ranked = jnp.take_along_axis(logits, order, axis=-1)
-  if sampling.top_k:
-    rank = jnp.arange(logits.shape[-1])[None]
+  rank = jnp.arange(logits.shape[-1])[None]
+  if 0 < sampling.top_k < logits.shape[-1]:
     ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
   if sampling.top_p < 1:
     p = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    # A top_p that float32 rounds to 0 is above no sum.
+    ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
   back = jnp.argsort(order, axis=-1)
   return jnp.take_along_axis(ranked, back, axis=-1)
 
@@ -53,7 +54,10 @@ def sample(logits: Float[Array, "B V"], key: jax.Array, sampling: Sampling) -> I
   """One token per row, drawn as `sampling` says."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  kept = keep_likeliest(logits / sampling.temperature, sampling)
+  # So that the coldest draw is the likeliest token too: no quotient overflows, none is 0 / 0.
+  below = logits - jnp.max(logits, axis=-1, keepdims=True)
+  temperature = max(sampling.temperature, float(jnp.finfo(logits.dtype).tiny))
+  kept = keep_likeliest(below / temperature, sampling)
   return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
 
@@ -157,7 +161,7 @@ class Options:
 def main(argv: Sequence[str]) -> None:
   """The program."""
   options = flags.parse(argv, Options(), doc=__doc__ or "")
-  run = evaluate.load(options.workdir)
+  run = evaluate.load(options.workdir, data=False)
   with blame_user((ValueError, NotImplementedError)):
     prompt = run.task.encode(options.prompt) if options.prompt else list(run.task.prompt)
     total = len(prompt) + options.tokens

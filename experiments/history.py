@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments import metrics
 from experiments.figures import Line, Series
 
 Row = Mapping[str, Any]
@@ -61,8 +62,11 @@ class Run:
 
   @property
   def steps(self) -> int:
-    """The last step that left a trace."""
-    return max((step(row) for row in (*self.train, *self.valid)), default=0)
+    """The last step that left a trace; of what happened, only since the last start."""
+    began = finite(self.start, "time") or 0.0
+    events = [row for row in self.events if (finite(row, "time") or 0.0) >= began]
+    traces = (*self.train, *self.valid, *self.starts[-1:], *events)
+    return max((step(row) for row in traces), default=0)
 
   def quality(self, row: Row) -> float:
     """The loss of a row in `unit`; NaN where the row has none."""
@@ -124,10 +128,10 @@ def read(workdir: str | os.PathLike[str]) -> Run:
     ValueError: if it holds no metrics.jsonl.
   """
   folder = pathlib.Path(workdir)
-  path = folder / "metrics.jsonl"
+  path = folder / metrics.FILE
   if not path.is_file():
     raise ValueError(f"--workdir={folder} holds no metrics.jsonl: no run has started there")
-  rows, unreadable = _rows(path)
+  rows, unreadable = metrics.rows(path)
   kinds = _by_kind(rows)
   card = _object(folder / "data_card.json")
   measured = [card, *kinds["start"], *({"baselines": row} for row in kinds["baselines"])]
@@ -160,21 +164,6 @@ def _baselines(sources: Iterable[Row]) -> dict[str, float]:
   return found
 
 
-def _rows(path: pathlib.Path) -> tuple[list[Row], int]:
-  """The rows of a JSON-lines file and how many lines a crash left unreadable."""
-  rows: list[Row] = []
-  unreadable = 0
-  for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
-    try:
-      row = json.loads(line) if line.strip() else None
-    except ValueError:
-      unreadable += 1
-      continue
-    if isinstance(row, dict):
-      rows.append(row)
-  return rows, unreadable
-
-
 def _by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
   """Rows by kind; a resumed run forgets what it had measured beyond its checkpoint."""
   kinds: dict[str, list[Row]] = collections.defaultdict(list)
@@ -195,13 +184,13 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-  """Time spent running: from each start to the last row before the next."""
+  """Time spent training: from each start to the last row before the next, of the run's own."""
   lives: list[list[float]] = [[]]
   for row in rows:
     if row.get("kind") == "start":
       lives.append([])
     time = finite(row, "time")
-    if time is not None:
+    if time is not None and row.get("kind") != "evaluation":  # that is another program's
       lives[-1].append(time)
   return sum(max(times) - min(times) for times in lives if times)
 

@@ -74,7 +74,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping and AdamW; vectors (norms, gates) do not decay."""
+  """Clipping and AdamW; parameters of a single axis, such as a norm's, do not decay."""
   adamw = optax.adamw(
     schedule(config, steps),
     b1=config.b1,

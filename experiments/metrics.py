@@ -8,35 +8,57 @@ import json
 import math
 import pathlib
 import time
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Self, TextIO
 
 from experiments import files
 from experiments.flags import blame_user
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+"""What the model wrote along the way; a row is {"step": ..., "prompt": ..., "text": ...}."""
 
 
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a run. A last line that was cut short, by a kill or a full disk, is left out."""
+  """The rows of a run, without what a kill or a full disk left unreadable."""
   path = pathlib.Path(workdir) / FILE
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in _whole_lines(path.read_bytes())]
+  return rows(path)[0] if path.exists() else []
 
 
-def _whole_lines(content: bytes) -> list[bytes]:
-  return content[: content.rfind(b"\n") + 1].splitlines()
+def rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The rows of a JSON-lines file, and how many of its lines a crash left unreadable."""
+  found = [_row(line) for line in path.read_bytes().split(b"\n")]
+  return [row for row in found if row], found.count(None)
 
 
-def rewind(workdir: str | pathlib.Path, step: int) -> int:
-  """Drops the rows after `step`, which will be measured again; returns how many. Atomic."""
-  path = pathlib.Path(workdir) / FILE
-  if not path.exists():
-    return 0
-  lines = _whole_lines(path.read_bytes())
-  kept = [line for line in lines if json.loads(line)["step"] <= step]
-  files.replace(path, b"".join(line + b"\n" for line in kept))
-  return len(lines) - len(kept)
+def _row(line: bytes) -> dict[str, Any] | None:
+  """The row of a line: {} where it holds none, None where it cannot be read."""
+  try:
+    row = json.loads(line) if line.strip() else None
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) else {}
+
+
+def rewind(workdir: str | pathlib.Path, step: int, *, tell: Callable[[str], None] = print) -> int:
+  """Drops the rows after `step`, which will be measured again; returns how many. Atomic.
+
+  Drops a last line that is cut short too. `tell` is told of other lines that cannot be read; they
+  stay.
+  """
+  dropped = 0
+  for path in (pathlib.Path(workdir) / name for name in (FILE, SAMPLES)):
+    if not path.exists():
+      continue
+    lines = path.read_bytes().split(b"\n")[:-1]
+    found = [_row(line) for line in lines]
+    later = [row is not None and (row.get("step") or 0) > step for row in found]
+    kept = [line for line, gone in zip(lines, later, strict=True) if not gone]
+    files.replace(path, b"".join(line + b"\n" for line in kept))
+    dropped += sum(later)
+    if unreadable := found.count(None):
+      tell(f"warning: lines of {path} that cannot be read and are passed over: {unreadable}")
+  return dropped
 
 
 class Metrics:
@@ -49,7 +71,7 @@ class Metrics:
     if not active:
       return
     with blame_user():
-      self._file = (pathlib.Path(workdir) / FILE).open("a", encoding="utf-8")
+      self._file = _append(pathlib.Path(workdir) / FILE)
     if tensorboard:
       from tensorboardX import SummaryWriter  # an extra: imported by those who ask for it
 
@@ -80,6 +102,14 @@ class Metrics:
       self._file.close()
     if self._board is not None:
       self._board.close()
+
+
+def _append(path: pathlib.Path) -> TextIO:
+  """The file, open at its end; a last line that was cut short is ended, lest a row joins it."""
+  whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+  file = path.open("a", encoding="utf-8")
+  file.write("" if whole else "\n")
+  return file
 
 
 def _plain(value: Any) -> Any:

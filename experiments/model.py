@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from attention import variants
 from attention.modules.config import DecoderConfig
 from attention.modules.decoder import Decoder
+from experiments import flags
 from experiments.config import Config
 from experiments.flags import blame_user
 
@@ -72,6 +74,37 @@ def make_model(config: Config, vocab_size: int) -> Model:
     return nnx.to_pure_dict(nnx.state(build(key)))
 
   return Model(shape, graph, init)
+
+
+def check_layers(config: Config, vocab_size: int, prompt: int) -> None:
+  """Traces each kind of layer alone, as it trains and as it continues `prompt` tokens by a sample.
+
+  Raises:
+    UserError: an option of a layer, or the length of a sequence, is not for it; names the layer.
+  """
+  for text in dict.fromkeys(part.strip() for part in config.attention.split(",")):
+    alone = flags.replace(config, {"attention": text, "model.num_layers": 1})
+    _trace(alone, make_model(alone, vocab_size), prompt)
+
+
+def _trace(config: Config, model: Model, prompt: int) -> None:
+  kinds, layer = (ValueError, TypeError, NotImplementedError), f"--attention={config.attention}"
+  tokens = lambda B, T: jax.ShapeDtypeStruct((B, T), jnp.int32)
+  with blame_user(kinds, f"{layer}: "):
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    batch = tokens(config.batch_size // config.optim.accumulate, config.seq_len)
+    jax.eval_shape(lambda params, batch: model(params, batch), params, batch)
+  if not config.log.sample_every:
+    return
+  room = prompt + config.log.sample_tokens
+
+  def write(params: Params, tokens: jax.Array) -> Any:
+    decoder = model.bind(params)
+    state, _ = decoder.prefill(decoder.init_state(1, room), tokens, jnp.array([prompt], jnp.int32))
+    return decoder.step(state, tokens[:, 0])
+
+  with blame_user(kinds, f"{layer}, of which a sample takes {room} tokens: "):
+    jax.eval_shape(write, params, tokens(1, prompt))
 
 
 def parameter_count(params: Params) -> int:

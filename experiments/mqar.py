@@ -15,6 +15,7 @@ one sequence, over both layers, without the short convolutions that all of them 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -190,8 +191,8 @@ def programs(config: Config, model: Model) -> tuple[Callable[..., Any], Callable
   """What is compiled, for all seeds side by side.
 
   Returns:
-    keys -> states; and (states, keys, train, valid) -> (states, losses, accuracies), CHUNK steps
-    later.
+    keys -> states; and (count, states, keys, train, valid) -> (states, losses, accuracies), `count`
+    steps later.
   """
   optimizer = learning.make_optimizer(config.optim, config.steps)
   step = learning.make_step(config, model)
@@ -200,17 +201,24 @@ def programs(config: Config, model: Model) -> tuple[Callable[..., Any], Callable
     params = model.init(key)
     return learning.TrainState(jnp.int32(0), params, optimizer.init(params), None)
 
-  def some_steps(state: learning.TrainState, key: jax.Array, train: Records, valid: Records):
+  def some_steps(
+    count: int, state: learning.TrainState, key: jax.Array, train: Records, valid: Records
+  ):
     def one_step(state: learning.TrainState, _: None):
       draw = jax.random.fold_in(key, state.step)
       rows = jax.random.randint(draw, (config.batch_size,), 0, train["inputs"].shape[0], jnp.int32)
       state, metrics = step(state, {name: x[rows] for name, x in train.items()})
       return state, metrics.loss_sum / metrics.weight
 
-    state, losses = jax.lax.scan(one_step, state, None, length=min(CHUNK, config.steps))
+    state, losses = jax.lax.scan(one_step, state, None, length=count)
     return state, losses[-1], accuracy(model, state.params, valid)
 
-  return jax.jit(jax.vmap(init)), jax.jit(jax.vmap(some_steps, in_axes=(0, 0, None, None)))
+  @functools.partial(jax.jit, static_argnums=0)
+  def side_by_side(count: int, *arguments: Any):
+    run = functools.partial(some_steps, count)
+    return jax.vmap(run, in_axes=(0, 0, None, None))(*arguments)
+
+  return jax.jit(jax.vmap(init)), side_by_side
 
 
 def run(point: Point) -> dict[str, Any]:
@@ -221,7 +229,8 @@ def run(point: Point) -> dict[str, Any]:
   keys = jax.vmap(jax.random.key)(jnp.arange(SEEDS))
   states, step, right, curve = init(keys), 0, [0.0], []
   while step < point.config.steps and min(right) < SOLVED:
-    states, losses, accuracies = some_steps(states, keys, train, valid)
+    count = min(CHUNK, point.config.steps - step)
+    states, losses, accuracies = some_steps(count, states, keys, train, valid)
     step, right = int(states.step[0]), [round(float(x), 5) for x in accuracies]
     curve.append({"step": step, "loss": [round(float(x), 4) for x in losses], "accuracy": right})
     seen = f"{point.mechanism}, {point.state_bytes} bytes, step {step}: {right}"
@@ -240,8 +249,15 @@ def accuracy(
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows that are finished."""
-  return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+  """The rows that are finished.
+
+  Raises:
+    UserError: the file is not one that `write` wrote.
+  """
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"--out={path} cannot be read: {error}") from error
 
 
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

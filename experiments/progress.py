@@ -67,7 +67,7 @@ class Display:
 
   def __init__(self, steps: int, *, active: bool = True, every_seconds: float = 5.0):
     self._steps, self._active, self._every = steps, active, every_seconds
-    self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+    self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     self._last = -every_seconds
     self._bar: Progress | None = None
     if active and self._console.is_terminal:

@@ -259,6 +259,7 @@ def commands(run: Run) -> Html:
   """The exact commands that resume, lengthen, evaluate and sample this run."""
   folder = shlex.quote(run.workdir)
   flagfile = f"--flagfile={shlex.quote(os.path.join(run.workdir, 'flags.txt'))}"
+  flagfile += f" --workdir={folder}"  # the file names the folder where the run was made
   planned = int(finite(run.config, "steps") or run.steps)
   prompt = " --prompt='def '" if run.noun == "byte" else ""
   lines = (

@@ -40,7 +40,7 @@ from experiments.config import Config
 from experiments.data import pipeline
 from experiments.flags import UserError, blame_user
 from experiments.learning import StepMetrics, TrainState
-from experiments.model import Model, make_model, parameter_count
+from experiments.model import Model, check_layers, make_model, parameter_count
 from experiments.safety import Guard, Stop
 from experiments.tasks import Task, make_task
 
@@ -64,9 +64,10 @@ class Run:
   about: Mapping[str, Any]
   """What is written into every checkpoint beside the arrays."""
   flops_per_step: float
-  peak_flops: float | None
 
   def __post_init__(self):
+    self.devices = 1 if self.mesh is None else self.mesh.size
+    self.peak_flops = flops.peak(devices=self.devices)
     self.score = evaluate.make_scorer(self.model)
     self.learning_rate = learning.schedule(self.config.optim, self.config.steps)
     self.window: list[tuple[float, float]] = []
@@ -101,6 +102,7 @@ def train(config: Config, stop: Stop) -> int:
     task = make_task(config.task, seq_len=config.seq_len, seed=config.seed, data=config.data)
     pipeline.batches(task.train, batch_size=config.batch_size, seed=config.seed)  # checks sizes
     (folder := pathlib.Path(config.workdir)).mkdir(parents=True, exist_ok=True)
+  check_layers(config, task.vocab_size, len(task.prompt))
   with sharding.use(mesh):
     model = make_model(config, task.vocab_size)
   about = {
@@ -116,7 +118,7 @@ def train(config: Config, stop: Stop) -> int:
     step, state = start(config, mesh, model, checkpoints, about, display)
     if first:
       with blame_user():
-        metrics.rewind(folder, step)
+        metrics.rewind(folder, step, tell=display.tell)
         configs.save(config)
         (folder / "data_card.json").write_text(task.card.to_json())
     with metrics.Metrics(folder, tensorboard=config.log.tensorboard, active=first) as out:
@@ -133,7 +135,6 @@ def train(config: Config, stop: Stop) -> int:
         stop=stop,
         about=about,
         flops_per_step=flops.train_step(model.config, config.batch_size, config.seq_len),
-        peak_flops=flops.peak(),
       )
       announce(run, step, state)
       return work(run, step, state)
@@ -183,11 +184,7 @@ def compare(
       f"the run in {folder.parent} was started otherwise: this command has {', '.join(harmful)}; "
       "repeat what it was, or give another --workdir"
     )
-  if there["data"] != here["data"]:
-    raise UserError(
-      f"the data changed since the run in {folder.parent} was started (sha256 {there['data'][:12]} "
-      f"then, {here['data'][:12]} now); give another --workdir"
-    )
+  evaluate.check_data(folder.parent, there["data"], here["data"])
   if harmless:
     display.tell(f"resuming with other settings than the checkpoint's: {', '.join(harmless)}")
   changed = [
@@ -205,7 +202,7 @@ def announce(run: Run, step: int, state: TrainState) -> None:
   parameters = parameter_count(state.params)
   run.display.tell(
     f"{flags.summary(config)}\n{parameters:,} parameters, {run.task.vocab_size} kinds of token, "
-    f"{jax.device_count()} x {device.device_kind}, workdir {config.workdir}"
+    f"{run.devices} x {device.device_kind}, workdir {config.workdir}"
   )
   if step:
     run.display.tell(f"resumed from step {step}")
@@ -218,7 +215,7 @@ def announce(run: Run, step: int, state: TrainState) -> None:
     peak_flops=run.peak_flops,
     device=device.device_kind,
     platform=device.platform,
-    devices=jax.device_count(),
+    devices=run.devices,
     processes=jax.process_count(),
     python=platform.python_version(),
     versions=run.about["versions"],
@@ -266,6 +263,8 @@ def work(run: Run, step: int, state: TrainState) -> int:
       observe(run, step, state)
   if unread:
     judge(run, *unread)
+  if run.window:
+    log(run, step)  # of the steps since the last row, which a resumed run does not repeat
   run.checkpoints.save(step, state, dict(run.about))
   if step < config.steps:
     run.checkpoints.wait()
@@ -369,7 +368,7 @@ def write_sample(run: Run, step: int, state: TrainState) -> None:
   )
   start, text = run.task.decode(prompt), run.task.decode(prompt + tokens[0].tolist())
   run.out.write("sample", step, text=text, prompt=start)
-  with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+  with blame_user(), open(run.folder / metrics.SAMPLES, "a", encoding="utf-8") as file:
     file.write(json.dumps({"step": step, "prompt": start, "text": text}) + "\n")
   run.display.tell(f"step {step} sample:\n{generate.printable(text).strip(chr(10))}\n")
 
@@ -383,7 +382,8 @@ def finish(run: Run, step: int, state: TrainState) -> int:
       write_sample(run, step, state)
   run.checkpoints.wait()
   if jax.process_index() == 0:
-    page = report.write(run.config.workdir)
+    with blame_user((OSError,), "the run is done and saved, and its report was not written: "):
+      page = report.write(run.config.workdir)
     for name, bits in run.task.baselines.items():
       run.display.tell(f"{name:>10}: {bits:.3f} bits")
     run.display.tell(f"report: {page}")

@@ -406,7 +406,7 @@ def step(
 def cost(B: int, T: int, S: int, N: int, K: int, H: int, h: int) -> Cost:
   """What a causal forward pass costs in float32: two products and a sum a level, and both gates."""
   del S, h
-  levels = max(1, min(CHUNK, T).bit_length())
+  levels = (min(CHUNK, T) - 1).bit_length()
   flops = 3.0 * B * N * T * H * levels + 4.0 * B * N * T * H
   moved = 4.0 * B * T * H * (3 * N + 2 * K)
   return Cost(flops=flops, bytes=moved, state_bytes=4.0 * B * N * H)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attention import masks
@@ -50,6 +50,14 @@ def test_show_is_one_row_of_the_batch():
 WIDTH = 37
 
 
+def _ring(seed, newest, window):
+  """Queries at positions 0 to `newest` and further, keys in no order up to it, some slots empty."""
+  draw = np.random.default_rng(seed)
+  keys = draw.integers(-1, newest + 1, (2, WIDTH))
+  queries = draw.integers(0, newest + 9, (2, WIDTH))
+  return masks.positions(jnp.asarray(queries, jnp.int32), jnp.asarray(keys, jnp.int32), window)
+
+
 def _leaves():
   small = st.integers(0, 9)
   ids = st.lists(st.integers(0, 3), min_size=2 * WIDTH, max_size=2 * WIDTH)
@@ -64,6 +72,10 @@ def _leaves():
     st.lists(st.integers(0, WIDTH), min_size=2, max_size=2).map(
       lambda x: masks.lengths(key=jnp.array(x, jnp.int32))
     ),
+    st.lists(st.integers(0, WIDTH), min_size=2, max_size=2).map(
+      lambda x: masks.lengths(query=jnp.array(x, jnp.int32))
+    ),
+    st.builds(_ring, st.integers(0, 2**31), st.integers(-1, WIDTH), st.none() | st.integers(1, 9)),
     st.integers(0, 2**31).map(
       lambda seed: masks.from_array(
         jax.random.bernoulli(jax.random.key(seed), 0.5, (2, 3, WIDTH, WIDTH))
@@ -85,6 +97,13 @@ MASKS = st.recursive(
 )
 
 
+PLACES = jnp.arange(WIDTH, dtype=jnp.int32)[None]
+HALF_EMPTY = masks.positions(PLACES + WIDTH, jnp.where(PLACES % 8 < 5, PLACES, -1))
+
+
+@example(mask=HALF_EMPTY, block_q=5, block_k=16)
+@example(mask=masks.positions(PLACES + 2, PLACES * 0, 5), block_q=5, block_k=16)
+@example(mask=masks.lengths(query=jnp.array([7, WIDTH], jnp.int32)), block_q=5, block_k=4)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(mask=MASKS, block_q=st.sampled_from([1, 5, 16]), block_k=st.sampled_from([4, 16]))
 def test_blocks_agree_with_elements(mask, block_q, block_k):

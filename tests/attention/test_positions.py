@@ -36,3 +36,11 @@ def test_fraction_leaves_the_rest_alone():
   kit.assert_same("rest", out[..., 4:], x[..., 4:])
   kit.assert_close("norm", jnp.linalg.norm(out, axis=-1), jnp.linalg.norm(x, axis=-1))
   kit.assert_same("position 0", out[:, 0], x[:, 0])
+  kit.assert_close("rotated", out[..., :4], rotary(x[..., :4], positions))
+
+
+def test_a_fraction_that_is_no_binary_number_rotates_all_its_channels():
+  """0.58 of 100 is 58, though the product of the doubles is 57.99..."""
+  x, positions = jnp.ones((1, 2, 1, 100)), jnp.arange(2, dtype=jnp.int32)[None]
+  turned = np.asarray(rotary(x, positions, base=100.0, fraction=0.58) != x)[0, 1, 0]
+  np.testing.assert_array_equal(turned, np.arange(100) < 58)

@@ -11,6 +11,9 @@ from attention.scores import Modifiers
 def test_slopes_are_those_of_the_paper():
   np.testing.assert_allclose(scores.alibi_slopes(8), [2.0**-i for i in range(1, 9)], rtol=1e-7)
   np.testing.assert_allclose(scores.alibi_slopes(16)[:2], [2**-0.5, 2**-1.0], rtol=1e-6)
+  # 12 heads: those of 8, then every other one of 16.
+  exponents = [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
+  np.testing.assert_allclose(scores.alibi_slopes(12), 2.0 ** -np.array(exponents), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 6, 12])

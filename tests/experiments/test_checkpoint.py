@@ -159,13 +159,21 @@ def test_damaged_ones_are_set_aside_and_never_deleted(tmp_path):
   assert aside.read_bytes() == b"short"
   with Checkpoints(tmp_path) as checkpoints:
     equal(checkpoints.restore_newest(like(make(0)))[1], make(2))
+    files(tmp_path / "2" / "state" / "d")[0].write_bytes(b"again")
+    checkpoints.restore_newest(like(make(0)), tell=lambda text: None, set_aside=True)
+    assert checkpoints.steps == [1]
+  assert aside.read_bytes() == b"short" and (tmp_path / "2-2.damaged").is_dir()
 
 
 def test_leftovers_of_a_kill_are_swept_away(tmp_path):
   fill(tmp_path, 1)
   (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
   (tmp_path / "2.orbax-checkpoint-tmp" / "part").write_text("x")
+  with Checkpoints(tmp_path, reader=True) as checkpoints:  # it may be in the making: a live run's
+    assert checkpoints.restore_newest(like(make(0)))[0] == 1
+  assert (tmp_path / "2.orbax-checkpoint-tmp" / "part").exists()
   with Checkpoints(tmp_path) as checkpoints:
+    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
     assert checkpoints.steps == [1]
     checkpoints.save(2, make(2), {"a": 1})
   with Checkpoints(tmp_path) as checkpoints:
@@ -230,7 +238,7 @@ def test_a_full_disk_is_one_sentence_and_older_checkpoints_stay(tmp_path):
 KILLED = """
 import sys, jax
 from experiments.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1])
+checkpoints = Checkpoints(sys.argv[1], keep=1000)
 for step in range(1, 1000):
   checkpoints.save(step, {"w": jax.random.normal(jax.random.key(step), (2_000_000,))}, {"a": 1})
   print(step, flush=True)
@@ -248,6 +256,7 @@ def test_killed_while_writing_leaves_whole_checkpoints(tmp_path, after):
   process.communicate()
   shape = jax.ShapeDtypeStruct((2_000_000,), jnp.float32, sharding=on({"data": 1}))
   with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps[: after - 1] == list(range(1, after))  # a save waits for the last
     for step in checkpoints.steps:
       expected = jax.random.normal(jax.random.key(step), (2_000_000,))
       kit.assert_same("w", checkpoints.restore(step, {"w": shape})["w"], expected)

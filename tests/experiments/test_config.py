@@ -115,6 +115,19 @@ def test_config_json_cut_short_is_one_sentence(tmp_path):
     configs.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_config_json_of_something_else_is_one_sentence(tmp_path, content):
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(UserError, match="cannot be read: .* an object of names and values"):
+    configs.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, OverflowError, MemoryError])
+def test_what_the_user_is_blamed_for(kind):
+  with pytest.raises(UserError, match="^here: too much$"), flags.blame_user(what="here: "):
+    raise kind("too much")
+
+
 def test_no_run_is_one_sentence(tmp_path):
   with pytest.raises(UserError, match="holds no run"):
     configs.load(str(tmp_path / "nothing"))

@@ -131,6 +131,11 @@ def test_the_program_scores_a_run_and_appends_a_row(tmp_path, capsys):
   assert scored["loss"] == pytest.approx(final["loss"], rel=1e-6)
   assert scored["tokens"] == 4096 * config.seq_len
   assert f"{scored['bits']:.4f} bits" in capsys.readouterr().out
+  (tmp_path / metrics.FILE).rename(tmp_path / "aside")
+  (tmp_path / metrics.FILE).mkdir()
+  with pytest.raises(flags.UserError, match=r"metrics\.jsonl"):
+    evaluate.main(["evaluate", f"--workdir={tmp_path}", "--sequences=8"])
+  assert "nats per token" in capsys.readouterr().out  # a score that cannot be kept is told
 
 
 def test_a_run_without_checkpoint_is_one_sentence(tmp_path):

@@ -22,7 +22,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
   monkeypatch.setattr(pathlib.Path, "write_bytes", full)
   with pytest.raises(OSError, match="No space"):
     files.write_results(path, {"a": [2]})
-  assert json.loads(path.read_text()) == {"a": [1]}
+  assert json.loads(path.read_text()) == {"a": [1]} and os.listdir(path.parent) == [path.name]
   monkeypatch.undo()
   files.write_results(path, {"a": [2]})
   assert json.loads(path.read_text()) == {"a": [2]} and os.listdir(path.parent) == [path.name]

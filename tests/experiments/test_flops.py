@@ -80,6 +80,16 @@ def test_a_decoder_by_the_textbook():
   assert flops.train_step(CONFIG, 2, 32) == 3 * flops.forward(CONFIG, 2, 32)
 
 
+def test_a_mixer_with_heads_of_its_own_by_the_textbook():
+  """Mamba-2: one head of C and B, 32 wide, is read by 8 heads of values, 16 wide."""
+  config = dataclasses.replace(CONFIG, pattern="mamba2")
+  mixer = 2 * 64 * 32 + 3 * 64 * 128 + 64 * 8  # C and B; values, gate and back; step sizes
+  weights = 3 * (mixer + 3 * 64 * 96) + 64 * 256
+  scores_and_states = 32 * (32 + 16) + 2 * 32 * 16  # per token and head, a chunk being all 32
+  attention = 3 * 2 * (2 * 32 * 8) * scores_and_states
+  assert flops.forward(config, 2, 32) == 2 * weights * 2 * 32 + attention
+
+
 @pytest.mark.parametrize("pattern", variants.VARIANTS)
 def test_every_mechanism_is_counted(pattern):
   config = dataclasses.replace(CONFIG, pattern=pattern)
@@ -109,4 +119,6 @@ def test_the_longest_name_wins():
   class Device:
     platform, device_kind = "tpu", "TPU v5 lite"
 
-  assert flops.peak(Device()) == flops.PEAKS["TPU v5 lite"] * jax.device_count()  # type: ignore[arg-type]
+  one = flops.PEAKS["TPU v5 lite"]
+  assert flops.peak(Device()) == one  # type: ignore[arg-type]
+  assert flops.peak(Device(), devices=4) == 4 * one  # type: ignore[arg-type]

@@ -87,6 +87,20 @@ def test_equal_tokens_go_by_index_and_one_always_stays():
   assert np.isfinite(keep_likeliest(flat, Sampling(top_p=1e-9)))[0].sum() == 1
 
 
+@pytest.mark.parametrize(
+  "sampling",
+  [Sampling(temperature=1e-38), Sampling(temperature=1e-300), Sampling(top_p=1e-300)],
+)
+def test_the_coldest_draw_is_the_likeliest(sampling):
+  logits = jnp.array([[1.0, 2.0, 5.0, 3.0]])
+  assert generate.sample(logits, jax.random.key(0), sampling).tolist() == [2]
+
+
+def test_more_than_all_tokens_are_all():
+  logits = jnp.arange(6.0)[None]
+  assert np.isfinite(keep_likeliest(logits, Sampling(top_k=99_999_999_999))).all()
+
+
 def test_draws_follow_the_probabilities():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
   draw = lambda sampling: (

@@ -60,8 +60,16 @@ def test_it_cools_in_the_second_part():
   np.testing.assert_allclose(at, [1, 1, 4, 16, 16], rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [3, 50, 100, 150, 1234, 3000])
+def test_the_last_part_begins_after_its_share_of_the_steps(steps):
+  """Every step once, however many there are."""
+  calls, last = hardened.calls(steps), -(-2 * steps // 5)
+  done = [(name, i) for name, first, end in calls for i in range(first, end)]
+  assert done == [("soft" if i < last else "through", i) for i in range(steps)]
+  assert max(end - first for _, first, end in calls) <= mqar.CHUNK
+
+
 def test_the_command_trains_hardens_and_decodes(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(mqar, "CHUNK", 1)
   monkeypatch.setattr(mqar, "TRAIN", 9)
   monkeypatch.setattr(mqar, "VALID", 4)
   monkeypatch.setattr(hardened, "ALLOWED", 1.0)
@@ -71,7 +79,7 @@ def test_the_command_trains_hardens_and_decodes(tmp_path, monkeypatch, capsys):
   runs = json.loads(out.read_text())["runs"]
   assert [run["seed"] for run in runs] == [4, 5] and runs[0]["curve"] != runs[1]["curve"]
   for run in runs:
-    assert [row["step"] for row in run["curve"]] == [1, 2, 3]
+    assert [row["step"] for row in run["curve"]] == [2, 3]
     assert run["accuracy"].keys() == {"soft", "hard", "hull"}
     assert run["accuracy"]["hull"] == run["accuracy"]["hard"]
   assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -72,6 +72,22 @@ def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path):
   assert len(run.starts) == 2
 
 
+def test_an_evaluation_long_after_is_not_the_run_s_time(tmp_path):
+  later = {"kind": "evaluation", "step": 30, "time": 9000.0, "loss": 1.0}
+  run = write(tmp_path, {"kind": "start", "step": 0, "time": 0.0}, train(30), later)
+  assert run.seconds == 30
+
+
+def test_steps_without_a_row_count_where_the_run_was_stopped_or_resumed(tmp_path):
+  start = {"kind": "start", "step": 0, "time": 0.0}
+  stopped = {"kind": "event", "step": 57, "time": 57.0}
+  assert write(tmp_path, start, train(50), stopped).steps == 57
+  again = {**start, "time": 99.0, "step": 57, "resumed_from": 57}
+  assert write(tmp_path, start, train(50), stopped, again).steps == 57
+  back = {**start, "time": 99.0, "step": 40, "resumed_from": 40}  # what came after was undone
+  assert write(tmp_path, start, train(50), stopped, back).steps == 40
+
+
 def test_a_fresh_start_in_the_same_folder_forgets_everything(tmp_path):
   run = write(tmp_path, train(10), {"kind": "start", "time": 50.0}, train(5))
   assert [row["step"] for row in run.train] == [5]

@@ -51,6 +51,26 @@ def test_a_torn_last_line_is_left_out_and_rewinding_removes_it(tmp_path, torn):
   assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("torn", [b'{"kind": "tra', b"\xff\x00"])
+def test_a_row_never_joins_a_torn_line_and_the_run_goes_on(tmp_path, torn):
+  fill(tmp_path, [1, 2])
+  with (tmp_path / metrics.FILE).open("ab") as file:
+    file.write(torn)
+  fill(tmp_path, [2, 3])
+  assert [step for _, step in rows(tmp_path)] == [1, 2, 2, 3]
+  told: list[str] = []
+  assert metrics.rewind(tmp_path, 2, tell=told.append) == 1
+  assert [step for _, step in rows(tmp_path)] == [1, 2, 2]
+  assert len(told) == 1 and told[0].endswith("passed over: 1")
+  assert torn in (tmp_path / metrics.FILE).read_bytes().split(b"\n")
+
+
+def test_rewind_drops_later_samples_too(tmp_path):
+  (tmp_path / metrics.SAMPLES).write_text('{"step": 2}\n{"step": 4}\n{"st')
+  assert metrics.rewind(tmp_path, 3) == 1
+  assert (tmp_path / metrics.SAMPLES).read_text() == '{"step": 2}\n'
+
+
 def test_rewind_drops_later_rows_only(tmp_path):
   fill(tmp_path, [1, 2, 3, 4])
   before = (tmp_path / metrics.FILE).read_text().splitlines()

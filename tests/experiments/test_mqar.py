@@ -1,6 +1,7 @@
 """The sweep of recall against state size: what it counts, and that it goes on where it stopped."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -40,6 +41,25 @@ def test_more_pairs_than_fit_are_refused_before_anything_runs(tmp_path):
   with pytest.raises(UserError, match="seq_len .* with 20 pairs must be at least 80, got 16"):
     sweep(tmp_path / "mqar.json", "--pairs=20")
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", '{"rows": [', "[]"])
+def test_results_that_cannot_be_read_are_one_sentence(tmp_path, content):
+  path = tmp_path / "mqar.json"
+  path.write_text(content)
+  for out in (path, tmp_path):
+    with pytest.raises(UserError, match=f"--out={out} cannot be read"):
+      sweep(out)
+  assert path.read_text() == content
+
+
+def test_the_last_chunk_is_what_is_left(monkeypatch):
+  state = lambda step: types.SimpleNamespace(step=[step])
+  later = lambda count, states, *_: (state(states.step[0] + count), [1.0], [0.5])
+  monkeypatch.setattr(mqar, "load_data", lambda config: (None, None, 8))
+  monkeypatch.setattr(mqar, "programs", lambda config, model: (lambda keys: state(0), later))
+  row = mqar.run(mqar.plan(mqar.Options(steps=150))[0])
+  assert [point["step"] for point in row["curve"]] == [100, 150]
 
 
 def test_sizes_are_those_of_decoding_states():

@@ -112,6 +112,8 @@ def test_the_commands_name_the_run_even_with_a_space_in_its_path(tmp_path):
   quoted = f"'{folder}'".replace("'", "&#x27;")
   for command in ("evaluate", "generate", "report"):
     assert f"python -m experiments.{command} --workdir={quoted}" in said
+  # The file names the folder where the run was made, which is another once it was moved.
+  assert said.count(f"flags.txt&#x27; --workdir={quoted}") == 2
   assert "--flagfile=&#x27;" in said and "--steps=100" in said
   assert "Unfinished: step 3 of 50" in said
 

@@ -7,17 +7,19 @@ import os
 import random
 import signal
 import time
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import runs
 
 import kit
 from experiments import config as configs
-from experiments import flags, learning, metrics, safety, train
+from experiments import evaluate, flags, learning, metrics, safety, train
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, GuardConfig, OptimConfig
 from experiments.data import pipeline
@@ -123,13 +125,26 @@ def test_dropout_is_a_function_of_seed_and_step():
   assert len({loss_at(3), loss_at(4), loss_at(3, seed=1)}) == 3
 
 
+def test_pieces_of_a_batch_drop_differently():
+  """Two equal pieces, scored by a model of nothing but its dropout."""
+  ids, weights = jnp.ones((1, 2, 3), jnp.int32), jnp.ones((1, 2, 3))
+  piece = {"inputs": ids, "targets": ids, "weights": weights}
+  noise = lambda scale, inputs, dropout_key: scale * jax.random.normal(dropout_key, (2, 3, 5))
+
+  def losses(pieces):
+    cut = {name: jnp.repeat(x, pieces, axis=0) for name, x in piece.items()}
+    return learning._gradient(noise, jnp.float32(1.0), cut, jax.random.key(0))[1]
+
+  assert abs(float(losses(2) - 2 * losses(1))) > 0.1
+
+
 def test_averaged_parameters_follow_their_recurrence():
-  config, model, state, batch = one_step(optim__ema=0.3, optim__lr=0.05)
+  config, model, state, batch = one_step(optim__ema=0.15, optim__lr=0.05)
   step = learning.make_step(config, model)
   expected = jax.tree.map(np.asarray, state.params)
   for number in range(2):
     state, _ = step(state, batch)
-    d = min(0.3, (1 + number) / (10 + number))
+    d = min(0.15, (1 + number) / (10 + number))  # 0.1, then the 0.15 asked for
     expected = jax.tree.map(
       lambda e, p, d=d: np.float64(d) * e + (1 - d) * np.asarray(p, np.float64),
       expected,
@@ -159,6 +174,28 @@ def test_weight_decay_spares_vectors():
   assert float(updates["vector"][0]) == 0.0
 
 
+def test_updates_are_adamw_by_hand():
+  """Loshchilov and Hutter 2017, algorithm 2, of clipped gradients; the rate doubles once it is
+  warm.
+  """
+  config = OptimConfig(
+    lr=0.1, warmup=1, schedule="constant", b1=0.8, b2=0.6, weight_decay=0.5, clip=1.0
+  )
+  optimizer = learning.make_optimizer(config, 10)
+  x = np.array([[2.0, -3.0, 1.0]])
+  params, m, s = {"x": jnp.asarray(x, jnp.float32)}, 0.0, 0.0
+  state = optimizer.init(params)
+  for t, g in enumerate([np.array([[0.5, -2.0, 1e-8]]), np.array([[-1.5, -2.0, 3e-8]])], 1):
+    with jax.numpy_dtype_promotion("standard"):
+      updates: Any = optimizer.update({"x": jnp.asarray(g, jnp.float32)}, state, params)
+    params, state = optax.apply_updates(params, updates[0]), updates[1]
+    g = g / np.linalg.norm(g)
+    m, s = 0.8 * m + 0.2 * g, 0.6 * s + 0.4 * g**2
+    direction = m / (1 - 0.8**t) / (np.sqrt(s / (1 - 0.6**t)) + 1e-8)
+    x = x - 0.05 * t * (direction + 0.5 * x)
+    kit.assert_close(f"after {t}", params["x"], x)
+
+
 @pytest.mark.parametrize(
   ("kind", "expected"),
   [
@@ -179,6 +216,12 @@ def test_a_short_run_warms_up_for_half_of_it_at_most():
 
 
 # ---- the guard -------------------------------------------------------------------------------
+
+
+def test_guard_tells_a_jump_at_the_second_step():
+  guard = safety.Guard(GuardConfig(jump=1.0))
+  assert guard.verdict(5.0, 1.0) is None
+  assert "jumped to 6.5 from a recent median of 5" in str(guard.verdict(6.5, 1.0))
 
 
 def test_guard_lets_a_loss_fall_and_wobble_and_tells_a_jump():
@@ -224,7 +267,9 @@ def test_a_run_leaves_everything_to_look_at(undisturbed):
     "sample": [4, 6],
     "event": [],
   }
-  last = [row for row in rows if row["kind"] == "train"][-1]
+  assert rows[0]["devices"] == 1 < jax.device_count()
+  *_, last = trained = [row for row in rows if row["kind"] == "train"]
+  assert [row["lr"] for row in trained[:3]] == pytest.approx([1e-3, 2e-3, 3e-3])  # warming up
   assert last["tokens_per_second"] > 0 and 0 < last["mfu"] < 1 and last["seconds_left"] == 0
   assert last["bits"] == pytest.approx(last["loss"] / math.log(2))
   assert last["memory_bytes"] > 1e7
@@ -232,6 +277,19 @@ def test_a_run_leaves_everything_to_look_at(undisturbed):
     assert (undisturbed / name).stat().st_size > 0
   assert sorted(int(p.name) for p in (undisturbed / "checkpoints").iterdir()) == [2, 4, 6]
   assert final(undisturbed)["step"] == 6
+
+
+def test_a_sample_is_written_by_the_averaged_parameters(tmp_path, monkeypatch):
+  by = []
+  generate = lambda model, params, *prompts, **how: by.append(params) or np.zeros((1, 4), np.int32)
+  monkeypatch.setattr(train.generate, "generate", generate)
+  hands = types.SimpleNamespace(write=lambda *row, **more: None, tell=lambda text: None)
+  task = types.SimpleNamespace(prompt=[1], decode=str)
+  run: Any = types.SimpleNamespace(
+    mesh=None, task=task, config=Config(), model=None, folder=tmp_path, out=hands, display=hands
+  )
+  train.write_sample(run, 1, TrainState(jnp.int32(1), "last", None, "averaged"))
+  assert by == ["averaged"]
 
 
 def test_the_same_command_again_says_that_it_is_done(undisturbed, capsys):
@@ -302,29 +360,51 @@ def test_other_data_than_the_checkpoint_s_is_refused(tmp_path):
   text.write_text("something else altogether\n" * 300)
   with pytest.raises(UserError, match="data changed"):
     train.train(dataclasses.replace(config, steps=4), safety.Stop())
+  with pytest.raises(UserError, match="data changed"):
+    evaluate.main(["evaluate", f"--workdir={tmp_path / 'run'}"])
+  assert evaluate.load(str(tmp_path / "run"), data=False).step == 2  # who writes does not score
 
 
-def test_a_loss_that_is_lost_stops_the_run_and_is_never_saved(tmp_path):
-  config = runs.tiny(
-    tmp_path,
-    optim__lr=1e25,
-    optim__warmup=0,
-    optim__clip=0.0,
-    steps=50,
-    checkpoint__every=1,
-    optim__schedule="constant",
-    guard__jump=2.0,
-  )
+def test_a_loss_that_is_lost_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
+  """The fourth update ruins the state; the fifth step's loss tells."""
+  rate = lambda updates: jnp.where(updates < 3, 1e-3, 1e25)
+  monkeypatch.setattr(learning, "schedule", lambda config, steps: rate)
+  config = runs.tiny(tmp_path, optim__clip=0.0, steps=50, checkpoint__every=1, guard__jump=2.0)
   with pytest.raises(UserError) as caught:
     train.train(config, safety.Stop())
   text = str(caught.value)
   (event,) = [row for row in metrics.read(tmp_path) if row["kind"] == "event"]
   step = event["step"]
+  assert step == 5 and "the last good checkpoint is of step 3 in" in text
   assert f"stopped at step {step}" in text and f"batch is number {step - 1} of seed 0" in text
   assert f"records {8 * (step - 1)} to {8 * step - 1}" in text and "\n" not in text
-  assert "good checkpoint" in text and event["message"] == text
+  assert event["message"] == text
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert max(checkpoints.steps) < step
+
+
+def test_a_full_disk_at_the_report_is_one_sentence(undisturbed, monkeypatch):
+  def full(workdir):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(train.report, "write", full)
+  with pytest.raises(UserError, match="done and saved.*No space left"):
+    train.train(runs.tiny(undisturbed, **FULL), safety.Stop())
+
+
+def test_a_sample_that_cannot_be_kept_is_one_sentence(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, "SAMPLES", "absent/samples.jsonl")
+  monkeypatch.setattr(train.generate, "generate", lambda *_, **__: np.zeros((1, 4), np.int32))
+  with pytest.raises(UserError, match="absent"):
+    train.train(runs.tiny(tmp_path, **{**FULL, "log__sample_every": 1}), safety.Stop())
+
+
+def test_stopping_keeps_the_row_that_was_not_due(undisturbed, tmp_path):
+  config = runs.tiny(tmp_path, **{**FULL, "log__every": 100, "log__sample_every": 0})
+  assert train.train(config, StopAt(3)) == 0
+  (row,) = [row for row in metrics.read(tmp_path) if row["kind"] == "train"]
+  losses = [row["loss"] for row in metrics.read(undisturbed) if row["kind"] == "train"]
+  assert row["step"] == 3 and row["loss"] == pytest.approx(np.mean(losses[:3]), rel=1e-5)
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
@@ -346,6 +426,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
 MISTAKES = {
   "mechanism": (["--attention=sofmax"], ["softmax"]),
   "option": (["--attention=softmax:windw=3"], ["window"]),
+  "value": (["--attention=softmax:window=0"], ["--attention=softmax:window=0", "at least 1"]),
   "task": (["--task=hm"], ["hm"]),
   "mesh": (["--mesh.data=16", "--batch_size=16"], ["16", "8"]),
   "no such data": (["--task=bytes", "--data.path=/nowhere/*.txt"], ["/nowhere/*.txt"]),

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import P
 
 from attention.modules import sharding
+from attention.modules.block import dropout
 from attention.modules.config import DecoderConfig
 from attention.modules.decoder import Decoder
 from attention.variants import make_decoder, parse
@@ -320,6 +321,21 @@ def test_dropout_needs_a_key():
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
   assert (first != plain).any()
+
+
+def test_the_embedding_and_every_layer_drop_on_their_own():
+  """Where each of four drops half of what the one before has left, a sixteenth is left."""
+
+  class Dropping(nnx.Module):
+    def __call__(self, x, *, dropout_key, **inputs):
+      return dropout(x, 0.5, dropout_key)
+
+  params, graphdef = build_once(configure("softmax", dropout=0.5))
+  model = nnx.merge(graphdef, params)
+  model.blocks = nnx.List([Dropping() for _ in range(3)])
+  model._logits = lambda x: x
+  left = np.asarray(model(tokens_of(), dropout_key=jax.random.key(0)) != 0)
+  assert abs(left.mean() - 2**-4) < 0.02
 
 
 def test_a_new_model_knows_nothing():

@@ -59,16 +59,24 @@ def test_duplicates_are_out_before_the_split():
   assert not any(document.data in train and document.data in valid for document in documents)
 
 
-@pytest.mark.parametrize("documents", [[1000], [500, 500, 1], [100_000, 10, 10, 10, 10]])
-def test_few_or_uneven_documents_lose_their_ends(documents):
+@pytest.mark.parametrize(
+  ("documents", "fraction"),
+  [
+    ([1000], 0.2),
+    ([500, 500, 1], 0.2),
+    ([100_000, 10, 10, 10, 10], 0.2),
+    ([500, 400, 300], 0.6),  # by name all three are held out, and none would be left
+  ],
+)
+def test_few_or_uneven_documents_lose_their_ends(documents, fraction):
   draw = random.Random(1)
   texts = [Document(f"{i}", draw.randbytes(size)) for i, size in enumerate(documents)]
-  corpus = make(texts, fraction=0.2)
+  corpus = make(texts, fraction=fraction)
   assert corpus.card.split.startswith("by position")
   train, valid = corpus.train.tobytes(), corpus.valid.tobytes()
-  assert len(valid) == pytest.approx(0.2 * sum(documents), abs=len(documents))
+  assert len(valid) == pytest.approx(fraction * sum(documents), abs=len(documents))
   for _, data in texts:
-    cut = len(data) - round(len(data) * 0.2)
+    cut = len(data) - round(len(data) * fraction)
     assert data[:cut] in train
     assert data[cut:] in valid
 
