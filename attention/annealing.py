@@ -4,7 +4,6 @@ there.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -20,8 +19,7 @@ def harden(step: int | Array, steps: int, *, start: float = 1.0, end: float) -> 
   Raises: ValueError: `steps`, `start` or `end` is not above 0.
   """
   for name, value in (("steps", steps), ("start", start), ("end", end)):
-    if not isinstance(value, jax.core.Tracer):
-      shapes.check_positive(name, value)
+    shapes.check_positive(name, value)
   done = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
   return start * (end / start) ** done
 

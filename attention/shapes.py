@@ -48,8 +48,6 @@ def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Arra
 
 
 def check_positive(name: str, value: float) -> None:
-  """Raises ValueError unless the value is a number above 0 that is known before anything runs."""
-  if isinstance(value, jax.core.Tracer):
-    raise ValueError(f"{name} must be known before anything runs, not traced as {value}")
-  if not value > 0:
+  """Raises ValueError unless the value is above 0, or traced, so that nobody knows it yet."""
+  if not isinstance(value, jax.core.Tracer) and not value > 0:
     raise ValueError(f"{name} must be greater than 0, not {value}")

@@ -158,8 +158,7 @@ def hardmax_attention(
   call = describe(query, key, value, mask, ties=ties, is_causal=is_causal)
   if straight_through is not None:
     plane.check_count("candidates", candidates)
-    if not isinstance(straight_through, jax.core.Tracer):
-      shapes.check_positive("straight_through", straight_through)
+    shapes.check_positive("straight_through", straight_through)
   out, winners = dispatch.run(implementation, IMPLEMENTATIONS, call)
   # Winners whose scores are 0 and -0 tie: whose score it is must not show.
   winners = winners._replace(score=jnp.where(winners.score == 0, 0.0, winners.score))

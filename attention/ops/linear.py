@@ -310,7 +310,7 @@ def _recurrence(call: Call) -> tuple[Output, State]:
   a = jnp.broadcast_to(jnp.exp(g.astype(dtype)), k.shape)
   last = T if call.lengths is None else call.lengths.astype(int)[:, None]
   real = jnp.broadcast_to(jnp.arange(T)[None] < last, (B, T))
-  k, a = jnp.where(real[..., None, None], k, 0), jnp.where(real[..., None, None], a, 1)
+  k, v, a = (jnp.where(real[..., None, None], x, n) for x, n in ((k, 0), (v, 0), (a, 1)))
   ids = jnp.zeros((B, T), int) if call.segment_ids is None else call.segment_ids
   turns = ids[:, 1:] != ids[:, :-1]
 

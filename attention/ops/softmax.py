@@ -160,18 +160,22 @@ def dot_product_attention(
     local_window_size=local_window_size, logit_cap=logit_cap, sinks=sinks,
     alibi_slopes=alibi_slopes, dropout=dropout, return_residual=return_residual,
   )  # fmt: skip
-  (B, T, N, _), (_, S, _, h) = call.query.shape, call.value.shape
-  if 0 in (B, T, N, S):
-    out = jnp.zeros((B, T, N, h), call.value.dtype)
-    lse = jnp.full((B, N, T), -jnp.inf)
-    lse = lse if call.sinks is None else jnp.maximum(lse, call.sinks[None, :, None])
-  else:
-    out, lse = dispatch.run(implementation, IMPLEMENTATIONS, call)
+  nothing = 0 in (*call.query.shape[:3], call.key.shape[1])
+  out, lse = _nothing(call) if nothing else dispatch.run(implementation, IMPLEMENTATIONS, call)
   out = out[0] if np.ndim(query) == 3 else out
   if not return_residual:
     return out
   lse = lse.swapaxes(1, 2)
   return out, lse[0] if np.ndim(query) == 3 else lse
+
+
+def _nothing(call: Call) -> tuple[Array, Array]:
+  """Of a call without queries or without keys."""
+  (B, T, N, _), h = call.query.shape, call.value.shape[3]
+  dtype = jnp.float64 if call.query.dtype == jnp.float64 else jnp.float32
+  sinks = jnp.full((N,), -jnp.inf, dtype) if call.sinks is None else call.sinks.astype(dtype)
+  lse = jnp.broadcast_to(sinks[None, :, None], (B, N, T))
+  return jnp.zeros((B, T, N, h), call.value.dtype), lse
 
 
 def _reference(call: Call) -> tuple[Array, Array]:
@@ -300,6 +304,8 @@ def describe(
   query, key, value = shapes.batched(*(jnp.asarray(x) for x in (query, key, value)))
   (B, T, N, H), S = query.shape, key.shape[1]
   if logit_cap is not None:
+    if isinstance(logit_cap, jax.core.Tracer):
+      raise ValueError(f"logit_cap must be known before anything runs, not traced as {logit_cap}")
     shapes.check_positive("logit_cap", logit_cap)
     logit_cap = float(logit_cap)
   lengths = [_numbers(x, jnp.int32) for x in (query_seq_lengths, key_value_seq_lengths)]

@@ -292,8 +292,8 @@ def describe(
   shapes.agree(query, key, value)
   if noise is not None and noise.shape != query.shape[:3]:
     raise ValueError(f"noise must be [B, T, N] = {list(query.shape[:3])}, not {list(noise.shape)}")
-  if temperature is not None and not isinstance(temperature, jax.core.Tracer):
-    shapes.check_positive("temperature", float(temperature))
+  if temperature is not None:
+    shapes.check_positive("temperature", temperature)
   (B, T, N, _), S = query.shape, key.shape[1]
   if mask is None:
     mask = masks.everything()

@@ -568,14 +568,17 @@ def test_nothing_comes_of_nothing():
   kit.assert_trees_close(after, state)
 
 
-def test_padding_is_neither_read_nor_written_whatever_it_holds():
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_padding_is_neither_read_nor_written_whatever_it_holds(implementation):
   """NaN, and lengths in integers that do not reach to T."""
   q, k, v = tokens(200)
   g = decay("token", 200)
   lengths = jnp.array([40, 120], jnp.int8)
   pad = jnp.arange(200)[None, :, None, None] >= jnp.array([40, 120])[:, None, None, None]
   spoilt = [jnp.where(pad, jnp.nan, x) for x in (q, k, v)]
-  run = functools.partial(linear.linear_attention, normalize=True, return_state=True)
+  run = functools.partial(
+    linear.linear_attention, normalize=True, return_state=True, implementation=implementation
+  )
   got = run(*spoilt, log_decay=g, lengths=lengths)
   for row, end in enumerate((40, 120)):
     inputs = (x[row : row + 1, :end] for x in (q, k, v))
