@@ -47,7 +47,7 @@ def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Arra
   return x.reshape(axes)
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float | Array) -> None:
   """Raises ValueError unless the value is above 0, or traced, so that nobody knows it yet."""
   if not isinstance(value, jax.core.Tracer) and not value > 0:
     raise ValueError(f"{name} must be greater than 0, not {value}")
