@@ -334,11 +334,14 @@ def test_notebooks_define_nothing(path):
       )
 
 
-def fresh(code: str) -> str:
+def fresh(code: str, **environment: str) -> str:
   """What a new interpreter prints."""
-  compiled_once = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # as a user's interpreter has it
   done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, env=compiled_once, capture_output=True, text=True
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -352,14 +355,20 @@ def test_import_attention_is_light():
   assert not {"attention.variants", "attention.modules"} & set(loaded)
 
 
-def test_import_attention_costs_no_more_than_jax_and_a_third():
-  """The best of several interpreters, by turns, in processor time: the machine may be busy."""
-  code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
-  best = {"jax": float("inf"), "attention": float("inf")}
-  for turn in range(12):
-    for name in best:
-      best[name] = min(best[name], float(fresh(code.format(name))))
-    if turn >= 2 and best["attention"] <= 1.3 * best["jax"]:
-      break
-  ratio = best["attention"] / best["jax"]
-  assert ratio <= 1.3, f"import attention costs {ratio:.2f} times import jax: {best}"
+def test_import_attention_costs_no_more_than_jax_and_a_third(tmp_path):
+  """Both in one interpreter, in processor time: what else the machine does falls on both.
+
+  The best of several interpreters, and of compiled sources, as a user's second import has them: the
+  first one compiles JAX's and ours into a folder of their own, which any checkout may write to.
+  """
+  compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+  code = """
+from time import process_time
+start = process_time(); import jax; jax_is_there = process_time(); import attention
+print((process_time() - start) / (jax_is_there - start))
+"""
+  fresh(code, **compiled)
+  ratios = []
+  while len(ratios) < 12 and min(ratios, default=2.0) > 1.3:
+    ratios.append(float(fresh(code, **compiled)))
+  assert min(ratios) <= 1.3, f"import attention costs {ratios} times import jax"
