@@ -243,6 +243,7 @@ def main(argv: Sequence[str]) -> int:
   path = pathlib.Path(options.out or RESULTS)
   rivals = _read(pathlib.Path(options.against or RESULTS))["rows"]  # before it is written anew
   if options.compile:
+    provenance.prepare(path)
     asked = plan(options)
     if not asked.jobs:
       raise UserError("; ".join(f"{what}: {why}" for what, why in asked.absent.items()))

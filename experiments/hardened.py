@@ -279,10 +279,11 @@ def main(argv: Sequence[str]) -> int:
   ALLOWED.
   """
   options = flags.parse(argv, Options(), doc=__doc__ or "")
-  jax.config.update("jax_platforms", "cpu")
-  path, start, runs = pathlib.Path(options.out or RESULTS), time.perf_counter(), []
   with flags.blame_user():
     flags.check_bounds(options)
+  path, start, runs = pathlib.Path(options.out or RESULTS), time.perf_counter(), []
+  provenance.prepare(path)
+  jax.config.update("jax_platforms", "cpu")
   for seed in range(options.seed, options.seed + options.seeds):
     with flags.blame_user():
       config = make_config(dataclasses.replace(options, seed=seed))

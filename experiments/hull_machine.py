@@ -263,8 +263,9 @@ def main(argv: Sequence[str]) -> int:
   with flags.blame_user():
     flags.check_bounds(options)
     run = prepare(options)
-  jax.config.update("jax_platforms", "cpu")
   path = pathlib.Path(options.out or RESULTS)
+  provenance.prepare(path)
+  jax.config.update("jax_platforms", "cpu")
   weights, steps = transformer.compile_weights(), len(run.tokens) - run.cells
   size = count(weights)
   print(f"{options.program}: {run.task.question}\n{run.cells} cells, {steps} steps; {size}")

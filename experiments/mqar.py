@@ -311,8 +311,9 @@ def main(argv: Sequence[str]) -> int:
     flags.check_bounds(options)
     points = plan(options)
     _task(points[0].config)
-  jax.config.update("jax_platforms", "cpu")
   path = pathlib.Path(options.out or RESULTS / "mqar.json")
+  provenance.prepare(path)
+  jax.config.update("jax_platforms", "cpu")
   rows = read(path)
   identities = {json.dumps(point.identity): point for point in points}
   finished = {json.dumps({name: row[name] for name in points[0].identity}) for row in rows}

@@ -47,9 +47,8 @@ def test_more_pairs_than_fit_are_refused_before_anything_runs(tmp_path):
 def test_results_that_cannot_be_read_are_one_sentence(tmp_path, content):
   path = tmp_path / "mqar.json"
   path.write_text(content)
-  for out in (path, tmp_path):
-    with pytest.raises(UserError, match=f"--out={out} cannot be read"):
-      sweep(out)
+  with pytest.raises(UserError, match=f"--out={path} cannot be read"):
+    sweep(path)
   assert path.read_text() == content
 
 

@@ -8,7 +8,16 @@ import types
 import jax
 import pytest
 
-from experiments import provenance
+from experiments import (
+  benchmark,
+  compile_check,
+  files,
+  hardened,
+  hull_machine,
+  linear_errors,
+  mqar,
+  provenance,
+)
 from experiments.flags import UserError
 
 
@@ -65,6 +74,16 @@ def test_results_that_could_not_be_written_are_refused(out, sentence, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=f"--out={tmp_path / out} {sentence}"):
     provenance.prepare(tmp_path / out)
+
+
+@pytest.mark.parametrize(
+  "program", [benchmark, compile_check, hardened, hull_machine, linear_errors, mqar]
+)
+def test_every_program_asks_where_before_it_measures(program, tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "write_results", lambda *_: pytest.fail("it measured"))
+  with pytest.raises(UserError, match="must end in .json, and ends in '.txt'"):
+    program.main([program.__name__, f"--out={tmp_path / 'a.txt'}"])
+  assert not list(tmp_path.iterdir())
 
 
 def test_no_git_no_commit(monkeypatch):
