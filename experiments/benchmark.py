@@ -217,7 +217,7 @@ def _time_steps(suite: Suite) -> list[dict[str, Any]]:
   timers = {
     (name, T): _step_timer(suite, name, T) for name, lengths in suite.steps.items() for T in lengths
   }
-  measured = timing.interleave(timers, suite.rounds, most_repeats=STEPS)
+  measured = timing.interleave(timers, suite.rounds, most_repeats=2000)
   return [
     {"contender": name, "kind": STEP, "T": T} | times.row() for (name, T), times in measured.items()
   ]
@@ -236,7 +236,7 @@ def _step_timer(suite: Suite, name: str, T: int) -> timing.Timer:
   token = [x[:, 0] for x in contenders.arguments(suite, 1)[:3]]
   extra = {name: x[:, 0] for name, x in contenders.inputs(contender, suite, 1).items()}
   step = lambda state, q, k, v: layer.step(state, q, k, v, **extra)
-  return timing.state_timer(jax.jit(step, donate_argnums=0), state, token)
+  return timing.state_timer(jax.jit(step, donate_argnums=0), state, token, STEPS)
 
 
 def _measure_memory(name: str, absent: dict[str, str], torch_python: str) -> list[dict[str, Any]]:
