@@ -43,6 +43,9 @@ from experiments.tasks.task import (
   letters,
 )
 
+MOST_STATES = 256
+"""Their transitions, by token, are 268 MB."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HiddenMarkov:
@@ -115,9 +118,14 @@ def source(states: int = 8) -> HiddenMarkov:
   """The source of this module's docstring.
 
   Raises:
-    ValueError: Fewer than two states.
+    ValueError: Fewer than two states, or more than MOST_STATES.
   """
   check_count(states, 2, what="hmm:states")
+  if states > MOST_STATES:
+    raise ValueError(
+      f"hmm:states must be at most {MOST_STATES}, for S of them need an array of 2 S^3 numbers; "
+      f"got {states}"
+    )
   tokens = 2 * states
   joint = np.zeros((tokens, states, states))
   for state in range(states):
@@ -152,7 +160,7 @@ def make(*, seq_len: int, seed: int, states: int = 8) -> Task:
     states: S.
 
   Raises:
-    ValueError: `seq_len` below 1 or fewer than two states.
+    ValueError: `seq_len` below 1, fewer than two states or more than MOST_STATES.
   """
   check_count(seq_len, 1, what="seq_len for the task hmm")
   hidden = source(states)

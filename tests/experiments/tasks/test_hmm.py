@@ -143,3 +143,5 @@ def test_bad_sizes():
     hmm.make(seq_len=0, seed=0)
   with pytest.raises(ValueError, match="hmm:states must be at least 2, got 1"):
     hmm.make(seq_len=4, seed=0, states=1)
+  with pytest.raises(ValueError, match="hmm:states must be at most 256, .*; got 3000"):
+    hmm.make(seq_len=4, seed=0, states=3000)
