@@ -215,14 +215,19 @@ class Checkpoints:
     """
     if not self.steps:
       raise UserError(f"{self.folder} holds no checkpoint")
-    reason = ""
-    for step in reversed(self.steps):
+    reason, passed = "", set()
+    while left := [step for step in self.steps if step not in passed]:
+      step = left[-1]
       try:
         self.check_files(step)
         check(self.about(step))
         return step, self.restore(step, target)
       except Damaged as error:
         reason = str(error)
+      passed.add(step)
+      if self._reader and not (self.folder / str(step)).exists():
+        self._open.reload()  # deleted by the run that writes there: it has newer ones
+        continue
       tell(f"warning: {reason}; trying the one before it")
       if set_aside:
         self._set_aside(step)

@@ -180,6 +180,17 @@ def test_leftovers_of_a_kill_are_swept_away(tmp_path):
     assert checkpoints.restore_newest(like(make(0)))[0] == 2
 
 
+def test_a_reader_beside_a_live_run_finds_what_the_run_has_written_since(tmp_path):
+  fill(tmp_path, 1, keep=1)
+  told = []
+  with Checkpoints(tmp_path, reader=True, keep=1) as reader:
+    assert reader.steps == [1]
+    fill(tmp_path, 2, 3, keep=1)
+    step, state = reader.restore_newest(like(make(0)), tell=told.append)
+  assert step == 3 and not told
+  equal(state, make(3))
+
+
 def on(axes: dict[str, int], *spec: str | None) -> NamedSharding:
   count = int(np.prod(list(axes.values())))
   mesh = jax.make_mesh(
