@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -272,11 +273,14 @@ def favor(
 
 def favor_of_seed(seed: int, head_dim: int, num_features: int) -> PositiveRandomFeatures:
   """`favor`'s draw of a seed: a constant of the program, not an orthogonalization in every call."""
-  nowhere = jax.sharding.AbstractMesh((), ())
-  with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(nowhere):
+
+  def draw():
     drawn = favor(jax.random.key(seed), head_dim, num_features)
     # As NumPy's array it lies on no mesh, and so it may be used inside of shard_map.
     return jax.tree.map(np.asarray, drawn)
+
+  with ThreadPoolExecutor(1) as elsewhere:  # A thread of its own is in no trace and on no mesh.
+    return elsewhere.submit(draw).result()
 
 
 _COSFORMER_LENGTH = 65536

@@ -189,3 +189,13 @@ def test_wrong_draws_are_told():
     favor(jax.random.key(0), 8, 0)
   with pytest.raises(ValueError, match="head_dim=16, got vectors of width 8"):
     favor(jax.random.key(0), 16, 4)(vectors(0), is_query=True)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_the_draw_by_name_is_the_same_numbers_in_a_trace_and_on_a_mesh(jit):
+  x = vectors(0)
+  want = feature_maps.get("favor", 8)(x, is_query=False)
+  f = lambda x: feature_maps.get("favor", 8)(x, is_query=False)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  cut = jax.shard_map(f, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+  kit.assert_close("shard_map", (jax.jit(cut) if jit else cut)(x), want)
