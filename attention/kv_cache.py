@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attention import masks
+from attention import masks, shapes
 from attention.masks import Mask
 
 
@@ -40,7 +40,7 @@ def append(
   positions of the T tokens, and who of them sees which slot.
   """
   B, T = k.shape[:2]
-  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+  lengths = shapes.row_lengths(lengths, B, T)
   steps = jnp.arange(T, dtype=jnp.int32)[None]
   positions = cache.length[:, None] + steps
   slots = jnp.where(steps < lengths[:, None], positions, cache.key.shape[1])  # no slot: dropped

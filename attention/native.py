@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from attention import shapes
+
 
 def get(x: Array, i: Array) -> Array:
   """x[i], i >= 0."""
@@ -185,7 +187,7 @@ def prefill[State](
 ) -> tuple[State, Float[Array, "B T N h"]]:
   """Folds step(state, q, k, v, valid) over the tokens; row b has `lengths[b]` of them."""
   B, T = q.shape[:2]
-  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+  lengths = shapes.row_lengths(lengths, B, T)
 
   def token(state, x):
     t, q, k, v = x

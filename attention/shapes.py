@@ -47,6 +47,21 @@ def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Arra
   return x.reshape(axes)
 
 
+def row_lengths(lengths: Array | None, B: int, T: int) -> Array:
+  """How many of T tokens each of B rows has, int32: `lengths`, or for None all of them.
+
+  Raises:
+    ValueError: `lengths` are not B integers.
+  """
+  if lengths is None:
+    return jnp.full((B,), T, jnp.int32)
+  if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise ValueError(
+      f"lengths must be integers of shape [{B}], not {lengths.dtype}{list(lengths.shape)}"
+    )
+  return lengths.astype(jnp.int32)
+
+
 def check_positive(name: str, value: float | Array) -> None:
   """Raises ValueError unless the value is above 0, or traced, so that nobody knows it yet."""
   if not isinstance(value, jax.core.Tracer) and not value > 0:

@@ -437,7 +437,7 @@ def prefill(
   padding.
   """
   B, T = q.shape[:2]
-  lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+  lengths = shapes.row_lengths(lengths, B, T)
   steps = jnp.arange(T, dtype=jnp.int32)[None]
   positions = state.length[:, None] + steps
   valid = steps < lengths[:, None]

@@ -1,5 +1,7 @@
 """What does not fit is refused with both sizes in one sentence."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 
@@ -31,6 +33,16 @@ def test_a_batch_axis_is_added_and_dtypes_must_be_one_floating_kind():
     shapes.batched(*arrays((5, 4, 8), (5, 2, 8), (5, 2, 8), jnp.int32))
   with pytest.raises(ValueError, match="all have four axes"):
     shapes.agree(*arrays((5, 4, 8), (5, 2, 8), (5, 2, 8)))
+
+
+def test_lengths_are_an_integer_a_row():
+  assert shapes.row_lengths(None, 3, 5).tolist() == [5, 5, 5]
+  found = shapes.row_lengths(jnp.array([1, 0, 5], jnp.uint8), 3, 5)
+  assert found.dtype == jnp.int32 and found.tolist() == [1, 0, 5]
+  for wrong in (jnp.array([1, 2]), jnp.array(3), jnp.ones((3, 1), jnp.int32), jnp.ones(3)):
+    says = rf"integers of shape \[3\], not {wrong.dtype}{re.escape(str(list(wrong.shape)))}"
+    with pytest.raises(ValueError, match=says):
+      shapes.row_lengths(wrong, 3, 5)
 
 
 def test_four_axes_of_one_or_all():
