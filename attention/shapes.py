@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from attention import masks
+from attention.masks import Mask
+
 Array = jax.Array
 
 
@@ -45,6 +48,16 @@ def broadcastable(name: str, x: Array, shape: tuple[int, int, int, int]) -> Arra
   if len(axes) != 4 or any(size not in (1, full) for size, full in zip(axes, shape, strict=True)):
     raise ValueError(f"{name} must broadcast to [B, N, T, S] = {list(shape)}, not {list(x.shape)}")
   return x.reshape(axes)
+
+
+def call_mask(mask: Mask | Array | None, is_causal: bool, sizes: tuple[int, int, int, int]) -> Mask:
+  """The mask of a call, everybody for None, checked against its B, N, T and S."""
+  if mask is None:
+    return masks.causal() if is_causal else masks.everything()
+  if not isinstance(mask, Mask):
+    mask = masks.from_array(broadcastable("mask", jnp.asarray(mask), sizes))
+  mask.check(*sizes)
+  return mask & masks.causal() if is_causal else mask
 
 
 def row_lengths(lengths: Array | None, B: int, T: int) -> Array:

@@ -438,13 +438,8 @@ def describe(
   del options
   query, key, value = shapes.batched(query, key, value)
   plane.check_ties(ties)
-  if mask is None:
-    return Call(query, key, value, masks.causal() if is_causal else masks.everything(), ties)
-  if not isinstance(mask, Mask):
-    (B, T, N, _), S = query.shape, key.shape[1]
-    mask = shapes.broadcastable("mask", mask, (B, N, T, S))
-    mask = masks.from_array(jnp.broadcast_to(mask, (*mask.shape[:2], T, S)))
-  return Call(query, key, value, mask & masks.causal() if is_causal else mask, ties)
+  (B, T, N, _), S = query.shape, key.shape[1]
+  return Call(query, key, value, shapes.call_mask(mask, is_causal, (B, N, T, S)), ties)
 
 
 def describe_top_k(

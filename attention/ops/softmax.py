@@ -319,14 +319,7 @@ def describe(
   ):
     if x is not None and x.shape != shape:
       raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
-  whole = masks.everything()
-  if mask is not None:
-    if not isinstance(mask, Mask):
-      mask = masks.from_array(shapes.broadcastable("mask", jnp.asarray(mask), (B, N, T, S)))
-    mask.check(B, N, T, S)
-    whole = mask
-  if is_causal:
-    whole = whole & masks.causal()
+  whole = shapes.call_mask(mask, is_causal, (B, N, T, S))
   if local_window_size is not None:
     sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
     whole = whole & masks.sliding_window(*sides)

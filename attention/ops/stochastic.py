@@ -295,11 +295,7 @@ def describe(
   if temperature is not None:
     shapes.check_positive("temperature", temperature)
   (B, T, N, _), S = query.shape, key.shape[1]
-  if mask is None:
-    mask = masks.everything()
-  elif not isinstance(mask, Mask):
-    mask = shapes.broadcastable("mask", mask, (B, N, T, S))
-    mask = masks.from_array(jnp.broadcast_to(mask, (*mask.shape[:2], T, S)))
+  mask = shapes.call_mask(mask, is_causal, (B, N, T, S))
   if positions is None:
     positions = jnp.arange(T, dtype=jnp.int32)[None]
   elif positions.shape not in ((B, T), (1, T)):
@@ -307,7 +303,7 @@ def describe(
       f"positions must be [B, T] = {[B, T]} or {[1, T]}, not {list(positions.shape)}"
     )
   return Call(
-    query, key, value, mask & masks.causal() if is_causal else mask, noise, positions,
+    query, key, value, mask, noise, positions,
     query.shape[3] ** -0.5 if scale is None else scale, temperature,
   )  # fmt: skip
 

@@ -1,11 +1,15 @@
 """What does not fit is refused with both sizes in one sentence."""
 
+import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from attention import shapes
+import attention
+import kit
+from attention import masks, shapes
 
 
 def arrays(query, key, value, dtype=jnp.float32):
@@ -33,6 +37,29 @@ def test_a_batch_axis_is_added_and_dtypes_must_be_one_floating_kind():
     shapes.batched(*arrays((5, 4, 8), (5, 2, 8), (5, 2, 8), jnp.int32))
   with pytest.raises(ValueError, match="all have four axes"):
     shapes.agree(*arrays((5, 4, 8), (5, 2, 8), (5, 2, 8)))
+
+
+@pytest.mark.parametrize(
+  "op",
+  [
+    attention.dot_product_attention,
+    attention.hardmax_attention,
+    lambda *inputs, mask: attention.top_k_attention(*inputs, mask, top_k=2)[0],
+    functools.partial(attention.stochastic_attention, noise=None),
+  ],
+  ids=["softmax", "hardmax", "top_k", "stochastic"],
+)
+def test_every_op_takes_a_mask_that_fits_and_no_other(op):
+  shapes_of = ((2, 3, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8))
+  q, k, v = (kit.normal(jax.random.key(i), *shape) for i, shape in enumerate(shapes_of))
+  ids = masks.segments(jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 5), jnp.int32))
+  with pytest.raises(ValueError, match=r"query_ids of the mask .* = \[2, 3\], not \[2, 4\]"):
+    op(q, k, v, mask=ids)
+  with pytest.raises(ValueError, match=r"mask must broadcast .*\[2, 4, 3, 5\], not \[3, 3, 5\]"):
+    op(q, k, v, mask=jnp.ones((3, 3, 5), bool))
+  for rows in (jnp.ones((3, 1), bool), jnp.ones((1, 5), bool).at[0, 3].set(False)):
+    whole = jnp.broadcast_to(rows, (3, 5))
+    kit.assert_close("rows", op(q, k, v, mask=rows), op(q, k, v, mask=whole))
 
 
 def test_lengths_are_an_integer_a_row():
