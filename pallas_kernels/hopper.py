@@ -12,7 +12,12 @@ What the compiler taught (ptxas 13.5):
 - a value that becomes the next product's left operand must not be made while the product that reads
   the last one runs, or every wgmma is serialized (C7513);
 - a tile whose place does not change in a loop has its descriptors hoisted out of it, two registers
-  per 16 columns, and spills the accumulators of wide heads: see `unhoisted`;
+  per 16 columns, and spills the accumulators of wide heads: see `unhoisted`. `positions` that are
+  computed do the same, and descriptors that products share (`hopper_parts.Fresh`);
+- loads of what later lines need are begun early, and fill registers: a barrier between them, which
+  `commit_smem` is, keeps them apart;
+- one value too many anywhere spills one that lives everywhere, and who feeds, with 24 registers,
+  reads it from memory too;
 - `setmaxnreg` takes effect unless ptxas compiles relocatable code (`-c`, C7504); 240 and 24
   registers of three warpgroups are the 168 of each at the start.
 """
@@ -40,6 +45,9 @@ ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
 
 MAX_WIDTH = 256
 """The widest head: a wgmma has at most 256 columns."""
+
+MAX_BLOCKS = 65535
+"""Of every axis of CUDA's grids but the first."""
 
 
 REDUCTION = 512
@@ -109,12 +117,31 @@ def pick(array: Any, *index: Any) -> tuple[Any, ...]:
   return tuple(0 if size == 1 else i for size, i in zip(array.shape, index, strict=False))
 
 
-def unhoisted(index: Array, step: Array | int) -> Array:
+def unhoisted(index: Array | int, step: Array | int) -> Any:
   """The index as it is, in a form that a compiler cannot know to be the same in every step (of less
-  than 2^30). The descriptors of the tile that it names are then made where wgmma needs them, in
+  than 2^28). The descriptors and addresses of what it names are then made where they are needed, in
   uniform registers, and not kept through the loop in those that accumulators need.
+
+  A loop whose bound the compiler knows, if only as at most 8, has steps that it knows to be small:
+  bounds must come from memory. And of a step t n + j, n a power of two, it would see that the upper
+  bits are those of t, the same in every step of the loop over j; hence three times the step.
   """
-  return index + lax.shift_right_logical(step, 30)
+  return index + lax.shift_right_logical(3 * step, 30)
+
+
+def write_positions(smem) -> None:
+  """0 to 63, for `positions`; what writes them reads them."""
+  smem[...] = plgpu.broadcasted_iota(jnp.int32, smem.shape, dimension=0, layout=ROW)
+  plgpu.commit_smem()
+
+
+def positions(smem) -> tuple[Array, Array]:
+  """(row, column) of every element of a tile of 64 x 64. If a thread computed its own they would be
+  kept through loops, in some forty registers.
+  """
+  shape = (ROWS, ROWS)
+  row = along(plgpu.load(smem, layout=ROW), 0, shape)
+  return row, along(plgpu.load(smem, layout=COLUMN, optimized=False), 1, shape)
 
 
 def zeros(rows: int, columns: int) -> Array:
@@ -340,7 +367,8 @@ def specialize(plan: Plan, warpgroup: Array, *, compute, feed) -> None:
 
 def launch(name: str, body, plan: Plan, *, grid: dict[str, int], out_type: Any, scratch: Any):
   """`plgpu.kernel` with one block of warpgroups per point of the grid. Of CUDA's axes the first has
-  the grid's last, of any length; the others may have 65535, the third those before the last two.
+  the grid's last, of any length; the second and the third, which has those before the last two, may
+  have `MAX_BLOCKS`.
   """
   return plgpu.kernel(
     body,

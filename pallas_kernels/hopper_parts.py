@@ -81,6 +81,25 @@ def at(refs: Parts, *index: Any) -> tuple[Any, ...]:
   return tuple(ref.at[index] for ref in refs)
 
 
+class Fresh(Sequence):
+  """An operand of several parts whose places are made anew at every use. Products that share a part
+  would share its descriptors, and 24 of them are 48 registers that nothing else has until the last.
+  """
+
+  def __init__(self, buffers: Parts, slot: Array | int, step: Array | int):
+    """The entry of this slot in buffers; operands share nothing whose steps differ by some uses."""
+    self._buffers, self._slot, self._step, self._uses = buffers, slot, step, 0
+
+  def __len__(self) -> int:
+    return len(self._buffers)
+
+  def __getitem__(self, i: Any) -> Any:
+    if isinstance(i, slice):
+      return tuple(self)[i]
+    self._uses += len(self) > 1
+    return self._buffers[i].at[hopper.unhoisted(self._slot, self._step + self._uses)]
+
+
 def _pairs(a: Parts, b: Parts) -> list[tuple[Any, Any]]:
   """What is multiplied, the smallest first."""
   last = len(a) - 1

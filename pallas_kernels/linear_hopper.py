@@ -30,12 +30,10 @@ both at 4.8 TB/s for B=1, T=8192, N=96:
     float32, token, forward    16 and  52 bytes    0.34 and 1.09 ms
     float32, token, backward   28 and 148          0.59 and 3.10
 
-ptxas at the shapes of fla's registry: no product is serialized. At M = h = 128 `linear_unfade`
-spills 76 to 104 bytes, `linear_gradients` 0 to 16, the others nothing; 240 registers compute and 24
-feed, 255 where a warpgroup feeds itself; shared memory is 148 KiB forward (channel: 164), 188 KiB
-in `linear_gradients` (196). At M = 256 with decays per token `linear_forward` spills 196 bytes and
-`linear_gradients` 968 (and loads 1380), with decays per channel 0 and 12, and `linear_unfade` 76.
-No chip has run it yet.
+ptxas at the shapes of fla's registry: no product is serialized and no register spills. 240
+registers compute and 24 feed, or 232 and 40, and 135 to 255 where a warpgroup feeds itself; at M =
+h = 128 shared memory is 149 KiB forward (channel: 165), 189 KiB in `linear_gradients` (197). No
+chip has run it yet.
 """
 
 import functools
@@ -65,7 +63,7 @@ MULTIPROCESSORS = 132
 
 def unsupported(q, k, v, g, settings: Settings) -> str | None:
   """Why these kernels refuse a call, or None."""
-  del g, settings
+  del settings
   if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
     return f"it multiplies bfloat16 or float32, not {q.dtype}, {k.dtype}, {v.dtype}"
   if q.dtype == jnp.float32 and q.shape[-1] > WIDEST_FLOAT32:
@@ -73,6 +71,8 @@ def unsupported(q, k, v, g, settings: Settings) -> str | None:
   for name, x in (("width of q and k", q), ("width of v", v)):
     if x.shape[-1] > hopper.MAX_WIDTH:
       return f"{name} {x.shape[-1]} is more than {hopper.MAX_WIDTH}"
+  if g is not None and g.ndim == 4 and g.shape[0] > hopper.MAX_BLOCKS:
+    return f"batch {g.shape[0]} is more than {hopper.MAX_BLOCKS}, with decays per channel"
   return None
 
 

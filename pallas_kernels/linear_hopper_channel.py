@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper, hopper_parts
 from pallas_kernels.hopper import COLUMN, ROW, ROWS, TILE, along, matrix, zeros
 from pallas_kernels.hopper_parts import Parts
-from pallas_kernels.linear_hopper_walk import head, positions
+from pallas_kernels.linear_hopper_walk import head
 from pallas_kernels.linear_tiles import CHUNK, LOG2_E, Array
 
 CHANNELS = 64
@@ -40,26 +40,36 @@ LEVELS = 6
 """Halvings of a chunk."""
 
 
-def between(level: Array | int, *, transposed: bool = False) -> Array:
+def _levels() -> Array:
+  """`LEVELS` from memory: see `hopper.unhoisted`."""
+  return jnp.full((1,), LEVELS, jnp.int32)
+
+
+def between(level: Array | int, places, *, transposed: bool = False) -> Array:
   """D of a level whose halves have 2^level tokens: in a right half the tokens up to this one, in a
   left half those after it. At `LEVELS` the half is the chunk, as if it were a left one.
   """
-  i, s = positions((CHUNK, CHUNK))
+  i, s = hopper.positions(places)
   i, s = (s, i) if transposed else (i, s)
   half = lax.shift_right_logical
   inside = jnp.where((half(i, level) & 1) == 1, i - s, s - i - 1)
   return jnp.where(half(i, level) == half(s, level), inside, -1) >= 0
 
 
-def up_to(*, transposed: bool = False) -> Array:
+def up_to(places, *, transposed: bool = False) -> Array:
   """The D of what a token reads of the state that enters the chunk."""
-  i, s = positions((CHUNK, CHUNK))
+  i, s = hopper.positions(places)
   return s >= i if transposed else s <= i
 
 
-def crossing(level: Array | int) -> Array:
+def after(places, *, transposed: bool = False) -> Array:
+  """The D of what a token writes to the state that leaves the chunk."""
+  return between(LEVELS, places, transposed=transposed)
+
+
+def crossing(level: Array | int, places) -> Array:
   """Which pairs, in either order, lie in two halves of one block."""
-  i, j = positions((CHUNK, CHUNK))
+  i, j = hopper.positions(places)
   half = lax.shift_right_logical
   return (half(i, level) ^ half(j, level)) == 1
 
@@ -80,8 +90,8 @@ def weigh(d: Array, smem, step: Array, start: Array | None = None, *, on_chip: b
   return total
 
 
-def _right(level: Array | int) -> Array:
-  i, _ = positions((CHUNK, CHANNELS))
+def _right(level: Array | int, places) -> Array:
+  i, _ = hopper.positions(places)
   return (lax.shift_right_logical(i, level) & 1) == 1
 
 
@@ -102,13 +112,16 @@ class _FadeScratch(NamedTuple):
   k_smem: Parts
   here: Any
   g_smem: Any
+  positions_smem: Any
   x_smem: Parts
   out_smem: Parts
 
 
-def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *, scratch):
+def _fade_kernel(on_chip: bool, q, k, g, scale, levels, faded_q, faded_k, pairs_gmem, *, scratch):
   b, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
   rows, parts, load = pl.ds(c * CHUNK, CHUNK), g.shape[3] // CHANNELS, hopper_parts.load
+  places = scratch.positions_smem
+  hopper.write_positions(places)
   copied = zip((*q, *k), (*scratch.q_smem, *scratch.k_smem), strict=True)
   for x, smem in copied:
     for m in range(parts):
@@ -130,24 +143,24 @@ def _fade_kernel(on_chip: bool, q, k, g, scale, faded_q, faded_k, pairs_gmem, *,
     q_smem, k_smem = (hopper_parts.at(x, m) for x in (scratch.q_smem, scratch.k_smem))
     log = plgpu.load(g.at[b, rows, n, columns], layout=TILE, optimized=False) * LOG2_E
     split(log, scratch.g_smem)
-    i, j = positions((CHUNK, CHUNK))
+    i, j = hopper.positions(places)
     pairs = pairs + jnp.where(i == j, multiply(q_smem, k_smem), 0.0)
 
     def one(level, pairs):
-      decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
-      x = decay * jnp.where(_right(level), load(q_smem), load(k_smem))
+      decay = jnp.exp2(weigh(between(level, places), scratch.g_smem, level, on_chip=on_chip))
+      x = decay * jnp.where(_right(level, places), load(q_smem), load(k_smem))
       x_smem = hopper_parts.at(scratch.x_smem, hopper.unhoisted(jnp.int32(0), level))
       hopper_parts.store(x, x_smem)
       plgpu.commit_smem()
       found = multiply(x_smem, x_smem)
-      return pairs + jnp.where(crossing(level), jnp.where(j < i, found, 0.0), 0.0)
+      return pairs + jnp.where(crossing(level, places), jnp.where(j < i, found, 0.0), 0.0)
 
-    pairs = lax.fori_loop(0, LEVELS, one, pairs)
+    pairs = lax.fori_loop(0, levels[0], one, pairs)
     for d, smem, out in (
-      (up_to(), q_smem, faded_q),
-      (between(LEVELS), k_smem, faded_k),
+      (up_to, q_smem, faded_q),
+      (after, k_smem, faded_k),
     ):
-      decay = jnp.exp2(weigh(d, scratch.g_smem, m, on_chip=on_chip))
+      decay = jnp.exp2(weigh(d(places), scratch.g_smem, m, on_chip=on_chip))
       store(decay * load(smem), hopper_parts.at(out, b, rows, n, columns))
     return pairs
 
@@ -175,10 +188,11 @@ def fade(q: Parts, k: Parts, g: Array, scale: Array, *, on_chip: bool) -> Faded:
         k_smem=(tile(parts),) * many,
         here=plgpu.Barrier(num_arrivals=2 * parts * many),
         g_smem=matrix(CHUNK, CHANNELS, jnp.bfloat16)(max(2, many)),
+        positions_smem=plgpu.SMEM((CHUNK,), jnp.int32),
         x_smem=(tile(1),) * many,
         out_smem=(tile(1),) * many,
       ),
-    )(q, k, g, scale)
+    )(q, k, g, scale, _levels())
   )
 
 
@@ -204,13 +218,16 @@ class _UnfadeScratch(NamedTuple):
   here: Any
   g_smem: Any
   d_smem: Any
+  positions_smem: Any
   x_smem: Parts
   out_smem: Any
 
 
-def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, scratch):
+def _unfade_kernel(on_chip: bool, given: Unfade, levels, dq_gmem, dk_gmem, dg_gmem, *, scratch):
   b, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
   rows, columns = pl.ds(c * CHUNK, CHUNK), pl.ds(lax.axis_index("part") * CHANNELS, CHANNELS)
+  places = scratch.positions_smem
+  hopper.write_positions(places)
   sources = [
     x.at[b, rows, head(x, n, given.g.shape[2]), columns]
     for x in (given.q, given.k, given.d_faded_q, given.d_faded_k)
@@ -223,38 +240,43 @@ def _unfade_kernel(on_chip: bool, given: Unfade, dq_gmem, dk_gmem, dg_gmem, *, s
   plgpu.barrier_wait(scratch.here)
   q_smem, k_smem, faded_q, faded_k, low, high = (scratch.tiles.at[i] for i in range(6))
   load = lambda smem: hopper_parts.load((smem,))
-  i, j = positions((CHUNK, CHUNK))
+  i, j = hopper.positions(places)
   once = lambda d, step, total: weigh(d, scratch.d_smem, step, total, on_chip=on_chip)
 
-  def whole(d, d_t, smem, faded, dg):
+  def whole(d, smem, faded, dg):
     """(the gradient of q or k, dg) through what enters or leaves the chunk."""
-    dx = jnp.exp2(weigh(d, scratch.g_smem, c, on_chip=on_chip)) * load(faded)
+    dx = jnp.exp2(weigh(d(places), scratch.g_smem, c, on_chip=on_chip)) * load(faded)
     split(dx * load(smem), scratch.d_smem)
-    return dx, once(d_t, c, dg)
+    return dx, once(d(places, transposed=True), c, dg)
 
   d_fade = plgpu.load(given.d_fade.at[b, n, c, columns], layout=COLUMN, optimized=False)
   dg = along(d_fade, 1, (CHUNK, CHANNELS))
-  dq, dg = whole(up_to(), up_to(transposed=True), q_smem, faded_q, dg)
-  dk, dg = whole(between(LEVELS), between(LEVELS, transposed=True), k_smem, faded_k, dg)
+  dq, dg = whole(up_to, q_smem, faded_q, dg)
+  dk, dg = whole(after, k_smem, faded_k, dg)
   diagonal = along(jnp.where(i == j, load(low), 0.0).sum(axis=1), 0, (CHUNK, CHANNELS))
   dq, dk = dq + diagonal * load(k_smem), dk + diagonal * load(q_smem)
 
   def one(level, carry):
     dq, dk, dg = carry
-    decay = jnp.exp2(weigh(between(level), scratch.g_smem, level, on_chip=on_chip))
-    right = _right(level)
+    decay = jnp.exp2(weigh(between(level, places), scratch.g_smem, level, on_chip=on_chip))
+    right = _right(level, places)
     x = decay * jnp.where(right, load(q_smem), load(k_smem))
     x_smem = hopper_parts.at(scratch.x_smem, hopper.unhoisted(jnp.int32(0), level))
     hopper_parts.store(x, x_smem)
     plgpu.commit_smem()
-    d_pairs = jnp.where(crossing(level), load(low) + load(high), 0.0)
+    d_pairs = jnp.where(crossing(level, places), load(low) + load(high), 0.0)
+    if len(x_smem) > 1:  # whose three left operands need the registers
+      scratch.out_smem[...] = decay
+      plgpu.commit_smem()
     dx = hopper_parts.add(zeros(CHUNK, CHANNELS), d_pairs, x_smem, on_chip=on_chip)
     split(hopper_parts.load(x_smem) * dx, scratch.d_smem)
+    if len(x_smem) > 1:
+      decay = plgpu.load(scratch.out_smem, layout=TILE)
     dx = decay * dx
-    dg = once(between(level, transposed=True), level, dg)
+    dg = once(between(level, places, transposed=True), level, dg)
     return dq + jnp.where(right, dx, 0.0), dk + jnp.where(right, 0.0, dx), dg
 
-  dq, dk, dg = lax.fori_loop(0, LEVELS, one, (dq, dk, dg))
+  dq, dk, dg = lax.fori_loop(0, levels[0], one, (dq, dk, dg))
   out_smem = scratch.x_smem[0].at[0] if len(scratch.x_smem) == 1 else scratch.out_smem
   for value, gmem in ((dq, dq_gmem), (dk, dk_gmem)):
     hopper.store(value.astype(q_smem.dtype), out_smem, gmem.at[b, rows, n, columns])
@@ -276,7 +298,8 @@ def unfade(given: Unfade, *, on_chip: bool) -> tuple[Array, Array, Array]:
       here=plgpu.Barrier(num_arrivals=6),
       g_smem=tile(max(2, many)),
       d_smem=tile(max(2, many)),
+      positions_smem=plgpu.SMEM((CHUNK,), jnp.int32),
       x_smem=(tile(1),) * many,
       out_smem=plgpu.SMEM((ROWS, CHANNELS), jnp.float32),
     ),
-  )(given)
+  )(given, _levels())

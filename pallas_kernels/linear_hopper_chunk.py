@@ -44,7 +44,6 @@ from pallas_kernels.linear_hopper_walk import (
   columns,
   decay,
   head,
-  positions,
 )
 from pallas_kernels.linear_tiles import CHUNK, Array
 
@@ -101,6 +100,7 @@ class Scratch(NamedTuple):
   slices: Ring
   out_smem: Any
   """A tile of each computing warpgroup."""
+  positions_smem: Any
   pairs_smem: Parts | None
   """P^T, or None: it came."""
 
@@ -108,8 +108,9 @@ class Scratch(NamedTuple):
 class _Chunks:
   """A run of chunks of one head."""
 
-  def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+  def __init__(self, static: Static, inputs: Inputs, counts, outputs: Outputs, scratch: Scratch):
     self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.counts = counts  # of the chunks of every run, and of slices: bounds of loops, from memory
     self.b, self.n, run, self.wg = (
       lax.axis_index(name) for name in ("batch", "head", "run", "warpgroup")
     )
@@ -150,28 +151,53 @@ class _Chunks:
     for wg, chunk in enumerate((self.queries, self.keys)):
 
       @pl.when(self.wg == wg)
-      def _(chunk=chunk):
-        lax.fori_loop(0, self.count, lambda t, _: chunk(t), None)
+      def _(wg=wg, chunk=chunk):
+        hopper.write_positions(self.scratch.positions_smem.at[wg])
+        lax.fori_loop(0, self.counts[lax.axis_index("run")], lambda t, _: chunk(t), None)
         plgpu.wait_smem_to_gmem(0)
+
+  def slice_count(self) -> Any:
+    """How many there are, from memory if one: of a loop with one turn compilers make none, and what
+    comes before it, in it and after it needs its registers at the same time.
+    """
+    many = self.static.slices
+    return self.counts[self.counts.shape[0] - 1] if many == 1 else many
 
   def tokens(self, t) -> tuple[Parts, Parts, Any, Parts]:
     """(q, k, numbers, P if it comes) of a chunk, when they are here."""
-    many, taken = self.parts, self.scratch.tokens.take(t)
-    return taken[:many], taken[many : 2 * many], taken[2 * many], taken[2 * many + 1 :]
+    self.scratch.tokens.take(t)
+    return self.tokens_again(t, 0)
+
+  def tokens_again(self, t, uses: int) -> tuple[Parts, Parts, Any, Parts]:
+    """The same, sharing no descriptor with what had fewer uses before."""
+    many, ring, step = self.parts, self.scratch.tokens, t + uses
+    q, k = (
+      hopper_parts.Fresh(x, ring.slot(t), step)
+      for x in (ring.buffers[:many], ring.buffers[many : 2 * many])
+    )
+    numbers, *pairs = hopper_parts.at(
+      ring.buffers[2 * many :], hopper.unhoisted(ring.slot(t), step)
+    )
+    return q, k, numbers, pairs
 
   def slices(self, step) -> tuple[Parts, ...]:
     """(v, dO, S, dS) of a step, when they are here."""
     many, taken = self.parts, self.scratch.slices.take(step)
     return tuple(taken[i * many : (i + 1) * many] for i in range(4))
 
-  def store(self, x: Array, gmem, wg: int) -> None:
+  def store(self, x: Array, gmem, wg: int, step) -> None:
     """A tile goes out, some columns at a time, each when the one before has left."""
-    smem, width = self.scratch.out_smem.at[wg], self.width
+    smem = self.scratch.out_smem.at[hopper.unhoisted(jnp.int32(wg), step)]
+    width = self.width
     for first in range(0, x.shape[1], width):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       smem[...] = x[:, first : first + width].astype(smem.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem, gmem.at[:, pl.ds(first, width)])
+
+  def positions(self, wg: int, t):
+    """Those of a computing warpgroup."""
+    return self.scratch.positions_smem.at[hopper.unhoisted(jnp.int32(wg), t)]
 
   def put(self, c, i: int, x: Array) -> None:
     """A row of the sums."""
@@ -181,12 +207,24 @@ class _Chunks:
     """The sums along the rows of a tile in shared memory times one in registers."""
     total = row_of(0.0)
     for first in range(0, x.shape[1], COLUMNS):
+      if first and self.parts > 1:
+        plgpu.commit_smem()  # or all of them are loaded before the first is summed
       part = hopper_parts.load(hopper_parts.at(x_smem, slice(None), pl.ds(first, COLUMNS)))
       total = total + (part * x[:, first : first + COLUMNS]).sum(axis=1)
     return total
 
+  def faded(self, sums: tuple[Array, ...], state_smem: Parts, d_state_smem: Parts):
+    """The sums along the rows of S times dS, with one more slice of the columns."""
+    load = lambda smem, i: hopper_parts.load(hopper_parts.at(smem, pl.ds(i * ROWS, ROWS)))
+    new = []
+    for i, total in enumerate(sums):
+      new.append(total + (load(state_smem, i) * load(d_state_smem, i)).sum(axis=1))
+      plgpu.commit_smem()  # the next loads and the next copy into this entry come after these loads
+    return tuple(new)
+
   def queries(self, t) -> None:
     """dQ and what is summed along the rows of dP."""
+    positions_smem = self.positions(0, t)
     inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
     c, (q_smem, k_smem, numbers_smem, pairs) = self.first + t, self.tokens(t)
     here, M = (self.b, self.n, c), q_smem[0].shape[1]
@@ -194,25 +232,17 @@ class _Chunks:
     dq, dp = zeros(ROWS, M), zeros(CHUNK, CHUNK)
     fade = tuple(row_of(0.0) for _ in range(M // ROWS))
 
-    def products(a_smem, b_smem):
-      load = lambda smem, i: hopper_parts.load(hopper_parts.at(smem, pl.ds(i * ROWS, ROWS)))
-      for i in range(M // ROWS):
-        yield load(a_smem, i) * load(b_smem, i)
-
     def part(j, carry):
       dq, dp, fade = carry
       step = t * static.slices + j
       v_smem, d_smem, state_smem, d_state_smem = self.slices(step)
       dq = hopper_parts.product(d_smem, state_smem, dq, on_chip=on_chip)
       dp = hopper_parts.product(d_smem, v_smem, dp, on_chip=on_chip)
-      fade = tuple(
-        x + one.sum(axis=1) for x, one in zip(fade, products(state_smem, d_state_smem), strict=True)
-      )
-      plgpu.commit_smem()  # the next copy into this entry comes after these loads
+      fade = self.faded(fade, state_smem, d_state_smem)
       scratch.slices.give(step)
       return dq, dp, fade
 
-    dq, dp, fade = lax.fori_loop(0, static.slices, part, (dq, dp, fade))
+    dq, dp, fade = lax.fori_loop(0, self.slice_count(), part, (dq, dp, fade))
     for i, x in enumerate(fade):
       self.outputs.fade.at[(*here, pl.ds(i * ROWS, ROWS))][...] = x
     dq, dp = (x * along(row(SCALE), 0, x.shape) for x in (dq, dp))
@@ -222,28 +252,28 @@ class _Chunks:
       dp = dp + along(row(EXTRA), 0, dp.shape)
     rows = pl.ds(c * CHUNK, CHUNK)
     dq_gmem = self.outputs.dq.at[self.b, rows, self.n]
-    i, j = positions(dp.shape)
+    i, j = hopper.positions(positions_smem)
     if pairs:
       plgpu.commit_smem()
       scratch.tokens.give(t)
-      self.store(dq, dq_gmem, 0)
-      self.store(jnp.where(j <= i, dp, 0.0), self.outputs.d_pairs.at[here], 0)
+      self.store(dq, dq_gmem, 0, t)
+      self.store(jnp.where(j <= i, dp, 0.0), self.outputs.d_pairs.at[here], 0, t)
       return
     dq = dq * along(row(READ), 0, dq.shape)
     self.put(c, 1, self.dot(q_smem, dq))
-    dp = dp * decay(numbers_smem, keys_first=False)
+    dp = dp * decay(numbers_smem, positions_smem, keys_first=False)
     scores = hopper_parts.product(q_smem, k_smem, on_chip=on_chip)
     self.put(c, 0, jnp.where(j < i, scores * dp, 0.0).sum(axis=1))
     dq = hopper_parts.add(dq, dp, k_smem, on_chip=on_chip)
     scratch.tokens.give(t)
-    self.store(dq, dq_gmem, 0)
+    self.store(dq, dq_gmem, 0, t)
 
   def values(self, t, rows, write, given: bool, j, carry):
     """(dK, dP^T) with the terms of one more slice of the values, whose dV goes out."""
     scratch, static, on_chip = self.scratch, self.static, self.static.on_chip
     dk, dp = carry
     step = t * static.slices + j
-    still = lambda buffers, slot: hopper_parts.at(buffers, hopper.unhoisted(slot, step))
+    still = lambda buffers, slot: hopper_parts.at(buffers, hopper.unhoisted(slot, step + 128))
     k_buffer = scratch.tokens.buffers[self.parts : 2 * self.parts]
     slot = scratch.tokens.slot(t)
     v_smem, d_smem, _, d_state_smem = self.slices(step)
@@ -257,12 +287,13 @@ class _Chunks:
     dv = hopper_parts.multiply(pairs_smem, d_smem, dv, a_t=given, on_chip=on_chip)
     scratch.slices.give(step)
     some = pl.ds(j * self.width, self.width)
-    self.store(dv, self.outputs.dv.at[self.b, rows, self.n, some], 1)
+    self.store(dv, self.outputs.dv.at[self.b, rows, self.n, some], 1, step)
     return dk, dp
 
   def keys(self, t) -> None:
     """dK, dV and what is summed along the columns of dP."""
-    inputs, scratch, static, on_chip = self.inputs, self.scratch, self.static, self.static.on_chip
+    positions_smem = self.positions(1, t)
+    inputs, scratch, on_chip = self.inputs, self.scratch, self.static.on_chip
     c, (q_smem, k_smem, numbers_smem, pairs) = self.first + t, self.tokens(t)
     here, rows, M = (self.b, self.n, c), pl.ds(c * CHUNK, CHUNK), q_smem[0].shape[1]
     shape = (CHUNK, CHUNK)
@@ -274,37 +305,39 @@ class _Chunks:
     if inputs.d_z is not None:
       dk = along(load(inputs.d_z.at[here]), 1, dk.shape)
     if scratch.pairs_smem is not None:
-      weights = hopper_parts.product(k_smem, q_smem, on_chip=on_chip)
-      weights = weights * decay(numbers_smem, keys_first=True) * column(SCALE)
-      hopper_parts.store(weights, hopper_parts.at(scratch.pairs_smem, 0))
+      weights = decay(numbers_smem, positions_smem, keys_first=True) * column(SCALE)
+      weights = weights * hopper_parts.product(k_smem, q_smem, on_chip=on_chip)
+      here_smem = hopper_parts.at(scratch.pairs_smem, hopper.unhoisted(jnp.int32(0), t))
+      hopper_parts.store(weights, here_smem)
       plgpu.commit_smem()
 
     part = functools.partial(self.values, t, rows, write, bool(pairs))
-    dk, dp = lax.fori_loop(0, static.slices, part, (dk, dp))
+    dk, dp = lax.fori_loop(0, self.slice_count(), part, (dk, dp))
+    q_smem, k_smem, numbers_smem, _ = self.tokens_again(t, 64)
     dp = dp * column(SCALE)
     if inputs.d_z is not None:
       dp = dp + column(EXTRA)
     dk_gmem = self.outputs.dk.at[self.b, rows, self.n]
-    i, j = positions(shape)
+    i, j = hopper.positions(positions_smem)
     if pairs:
       plgpu.commit_smem()
       scratch.tokens.give(t)
-      self.store(dk, dk_gmem, 1)
-      self.store(jnp.where(j > i, dp, 0.0), self.outputs.d_pairs_t.at[here], 1)
+      self.store(dk, dk_gmem, 1, t)
+      self.store(jnp.where(j > i, dp, 0.0), self.outputs.d_pairs_t.at[here], 1, t)
       return
     dk = dk * write(dk.shape)
     self.put(c, 3, self.dot(k_smem, dk))
-    dp = dp * decay(numbers_smem, keys_first=True)
+    dp = dp * decay(numbers_smem, positions_smem, keys_first=True)
     scores = hopper_parts.product(k_smem, q_smem, on_chip=on_chip)
     self.put(c, 2, jnp.where(j > i, scores * dp, 0.0).sum(axis=1))
     dk = hopper_parts.add(dk, dp, q_smem, on_chip=on_chip)
     scratch.tokens.give(t)
-    self.store(dk, dk_gmem, 1)
+    self.store(dk, dk_gmem, 1, t)
 
 
-def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch):
+def _kernel(static: Static, inputs: Inputs, counts, *refs, scratch: Scratch):
   outputs = Outputs(*refs, *(None,) * (len(Outputs._fields) - len(refs)))
-  one = _Chunks(static, inputs, outputs, scratch)
+  one = _Chunks(static, inputs, counts, outputs, scratch)
   hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
 
 
@@ -320,21 +353,27 @@ def gradients(inputs: Inputs, *, on_chip: bool) -> Outputs:
     types += [shape((B, N, chunks, CHUNK, CHUNK), dtype)] * 2
   stages = (2, 2) if M <= 128 and parts == 1 else (1, 1)
   plan = Plan(warpgroups=2, others=CHUNK, stages=stages)
+  if M <= 128:  # registers for who reads up to 21 arrays
+    plan = plan._replace(registers=232, feeder=40)
   tokens = [matrix(CHUNK, M, half, width)] * 2 * parts
   tokens.append(lambda count: plgpu.SMEM((count, *inputs.numbers.shape[3:]), jnp.float32))
   tokens += [] if inputs.pairs is None else [matrix(CHUNK, CHUNK, half, width)] * parts
   slices = [matrix(CHUNK, width, half)] * 2 * parts + [matrix(M, width, half)] * 2 * parts
+  runs = -(-chunks // SPAN)
+  counts = jnp.minimum(SPAN, chunks - SPAN * jnp.arange(runs, dtype=jnp.int32))
+  counts = jnp.append(counts, jnp.full((1,), h // width, jnp.int32))
   results = hopper.launch(
     "linear_gradients",
     functools.partial(_kernel, Static(plan, chunks, N, h // width, on_chip)),
     plan,
-    grid={"run": -(-chunks // SPAN), "head": N, "batch": B},
+    grid={"run": runs, "head": N, "batch": B},
     out_type=tuple(types),
     scratch=Scratch(
       Ring.of(2, plan.stages[0], *tokens),
       Ring.of(2, plan.stages[1], *slices),
       matrix(ROWS, width, dtype)(2),
+      plgpu.SMEM((2, CHUNK), jnp.int32),
       (matrix(CHUNK, CHUNK, half, width)(1),) * parts if inputs.pairs is None else None,
     ),
-  )(inputs)
+  )(inputs, counts)
   return Outputs(*results, *(None,) * (len(Outputs._fields) - len(results)))

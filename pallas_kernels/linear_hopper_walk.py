@@ -93,6 +93,8 @@ class Scratch(NamedTuple):
   ring: Ring
   state_smem: Parts
   out_smem: Any
+  positions_smem: Any
+  """Of each computing warpgroup."""
 
 
 def head(x, n: Array, heads: int) -> Array | int:
@@ -100,7 +102,7 @@ def head(x, n: Array, heads: int) -> Array | int:
   return lax.div(n, heads // x.shape[2])
 
 
-def decay(numbers_smem, *, keys_first: bool) -> Array:
+def decay(numbers_smem, positions_smem, *, keys_first: bool) -> Array:
   """How far every write has faded when it is read, and 0 where the read comes first."""
   shape = (CHUNK, CHUNK)
   row = lambda i: along(plgpu.load(numbers_smem.at[i], layout=ROW), 0, shape)
@@ -108,22 +110,17 @@ def decay(numbers_smem, *, keys_first: bool) -> Array:
   load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
   column = lambda i: along(load(numbers_smem.at[i]), 1, shape)
   x = (row(HI) - column(HI)) + (row(LO) - column(LO))
-  i, j = positions(shape)
+  i, j = hopper.positions(positions_smem)
   x, allowed = (-x, j >= i) if keys_first else (x, j <= i)
   return jnp.exp2(jnp.where(allowed, x, -jnp.inf))
-
-
-def positions(shape: tuple[int, int]) -> tuple[Array, Array]:
-  """(row, column) of every element of a tile."""
-  one = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=TILE)
-  return one(dimension=0), one(dimension=1)
 
 
 class _Walk:
   """The state of one head, or some columns of it."""
 
-  def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+  def __init__(self, static: Static, inputs: Inputs, count, outputs: Outputs, scratch: Scratch):
     self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
+    self.count = count
     self.b, self.n, self.part, self.wg = (
       lax.axis_index(name) for name in ("batch", "head", "part", "warpgroup")
     )
@@ -161,7 +158,8 @@ class _Walk:
     """A computing warpgroup: its columns of the state along the sequence."""
     mine = (self.b, self.n, slice(None), self.columns(self.wg))
     state = plgpu.load(self.inputs.start.at[mine], layout=TILE, optimized=False)
-    state = lax.fori_loop(0, self.static.chunks, self.step, state)
+    hopper.write_positions(self.scratch.positions_smem.at[self.wg])
+    state = lax.fori_loop(0, self.count[0], self.step, state)
     plgpu.wait_smem_to_gmem(0)
     last_gmem = self.outputs.last.at[mine]
     last_gmem[...] = state
@@ -200,8 +198,9 @@ class _Walk:
     if pairs:
       weights = hopper_parts.load(pairs)
     else:
-      weights = hopper_parts.product(q_smem, k_smem, on_chip=on_chip)
-      weights = weights * decay(numbers_smem, keys_first=False)
+      # The other way round there would be no registers for both, with keys of 256.
+      weights = decay(numbers_smem, self.scratch.positions_smem.at[wg], keys_first=False)
+      weights = weights * hopper_parts.product(q_smem, k_smem, on_chip=on_chip)
     weight = None
     if static.normalize:
       weight = weights.sum(axis=1)
@@ -229,19 +228,22 @@ class _Walk:
     )
 
 
-def _kernel(static: Static, inputs: Inputs, *refs, scratch: Scratch, wants: tuple[bool, ...]):
+def _kernel(
+  static: Static, inputs: Inputs, count, *refs, scratch: Scratch, wants: tuple[bool, ...]
+):
   refs = iter(refs)
   outputs = Outputs(*(next(refs) if wanted else None for wanted in wants))
-  one = _Walk(static, inputs, outputs, scratch)
+  one = _Walk(static, inputs, count, outputs, scratch)
   hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
 
 
 def plan(M: int, h: int, states: int, parts: int = 1) -> Plan:
   """Two computers where that leaves a block for most of the 132 multiprocessors and wide keys leave
-  room for two entries in the ring; always of float32, which leaves room for one entry.
+  room for two entries in the ring; always of float32, which leaves room for one entry, and whose
+  feeder has three times as many arrays to read.
   """
   if parts > 1:
-    return Plan(warpgroups=2, others=CHUNK, stages=(1, 0))
+    return Plan(warpgroups=2, others=CHUNK, stages=(1, 0), registers=232, feeder=40)
   two = h % (2 * COLUMNS) == 0 and M <= 128 and states * (h // (2 * COLUMNS)) >= 96
   return Plan(warpgroups=2 if two else 1, others=CHUNK, stages=(2, 0))
 
@@ -288,7 +290,8 @@ def walk(
       Ring.of(workers, one.stages[0], *buffers),
       (matrix(M, width, half)(workers),) * parts,
       None if q is None else matrix(ROWS, width, dtype)(workers),
+      plgpu.SMEM((workers, CHUNK), jnp.int32),
     ),
-  )(inputs)
+  )(inputs, jnp.full((1,), chunks, jnp.int32))
   results = iter(results)
   return Outputs(*(next(results) if wanted else None for wanted in wants))

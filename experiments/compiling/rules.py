@@ -12,25 +12,6 @@ Row = Mapping[str, Any]
 
 # Compiler warnings that may stay: pattern -> why it does no harm.
 EXPLAINED: Final[Mapping[str, str]] = {}
-# A warning that says no more than the number of bytes does.
-SPILLED: Final = r"Registers are spilled to local memory"
-# Bytes that a thread of a kernel for Hopper may spill, stores and loads, at heads so wide, at most.
-# 64 columns of a state of 256 rows are 128 of a thread's 240 registers, and the products that add
-# to it need the rest. Why unfading spills was not found. No chip has told what any of it costs.
-SPILLS: Final[Mapping[tuple[str, int], int]] = {
-  ("linear_forward", 256): 400,
-  ("linear_gradients", 256): 2400,
-  ("linear_gradients", 128): 24,
-  ("linear_unfade", 128): 208,
-  ("linear_unfade", 256): 208,
-}
-# The same of float32, whose every product is six, at heads of 128.
-SPILLS_FLOAT32: Final[Mapping[str, int]] = {
-  "linear_fade": 400,
-  "linear_forward": 1600,
-  "linear_gradients": 5200,
-  "linear_unfade": 2000,
-}
 # Predicted times that differ by less are one: how often the grid's own code runs is approximate.
 SAME: Final = 1.01
 
@@ -73,22 +54,17 @@ def _wrong(row: Row, rows: Sequence[Row]) -> Iterable[str]:
     if memory > chip.fast_memory:
       yield f"{kernel['name']} takes {memory} bytes of {chip.fast_memory} of fast memory"
     if chip.platform == "cuda":
-      yield from _wrong_on_hopper(kernel, row)
+      yield from _wrong_on_hopper(kernel)
   if multiplies and chip.platform == "tpu":
     yield from _slower(row, rows)
 
 
-def _wrong_on_hopper(kernel: Row, row: Row) -> Iterable[str]:
+def _wrong_on_hopper(kernel: Row) -> Iterable[str]:
   """On a TPU a spill is an instruction like any other, and its bundles are in the time."""
-  bare, width = re.sub(r"_\d+$", "", kernel["name"]), SHAPES[row["shape"]].H
-  spilled = kernel["spill_stores"] + kernel["spill_loads"]
-  narrow = SPILLS.get((bare, width), 0)
-  if spilled > (SPILLS_FLOAT32.get(bare, 0) if "float32" in row["program"] else narrow):
+  if spilled := kernel["spill_stores"] + kernel["spill_loads"]:
     yield f"{kernel['name']} spills {spilled} bytes of registers"
   for warning in kernel["warnings"]:
-    if not re.search(SPILLED, warning) and not any(
-      re.search(pattern, warning) for pattern in EXPLAINED
-    ):
+    if not any(re.search(pattern, warning) for pattern in EXPLAINED):
       yield f"{kernel['name']}: {warning}"
 
 

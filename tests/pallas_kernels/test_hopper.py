@@ -26,7 +26,7 @@ def test_an_axis_of_one_entry_is_for_all():
 
 
 def test_an_index_that_stays_in_its_loop_is_the_index():
-  steps = jnp.array([0, 1, 5, 2**30 - 1], jnp.int32)
+  steps = jnp.array([0, 1, 5, 2**28 - 1], jnp.int32)
   np.testing.assert_array_equal(hopper.unhoisted(jnp.int32(3), steps), [3] * 4)
 
 

@@ -35,24 +35,28 @@ def test_bfloat16_is_its_own_part():
   assert part is x and hopper_parts.dtype((part,)) == jnp.bfloat16
 
 
-@pytest.mark.parametrize("left", ["shared", "registers"])
+@pytest.mark.parametrize("left", ["shared", "fresh", "registers"])
 def test_a_product_is_as_good_as_float32(left):
   """Beside float64, where one bfloat16 product is wrong by 2e-3."""
   make = kit.keys(1)
   a, b = (jax.random.normal(next(make), (64, 64)) for _ in range(2))
 
-  def body(a_gmem, b_gmem, out_gmem, a_smem, b_smem):
+  def body(a_gmem, b_gmem, out_gmem, a_buffers, b_buffers):
+    a_smem, b_smem = hopper_parts.at(a_buffers, 0), hopper_parts.at(b_buffers, 0)
     x = plgpu.load(a_gmem, layout=hopper.TILE)
     hopper_parts.store(plgpu.load(b_gmem, layout=hopper.TILE), b_smem)
     hopper_parts.store(x, a_smem)
     plgpu.commit_smem()
     if left == "shared":
       out_gmem[...] = hopper_parts.multiply(a_smem, b_smem, on_chip=False)
+    elif left == "fresh":
+      operands = (hopper_parts.Fresh(x, jnp.int32(0), 0) for x in (a_buffers, b_buffers))
+      out_gmem[...] = hopper_parts.multiply(*operands, on_chip=False)
     else:
       out_gmem[...] = hopper_parts.add(hopper.zeros(64, 64), x, b_smem, on_chip=False)
 
   def scratch(*refs, scratch):
-    body(*refs, *(hopper_parts.at(x, 0) for x in scratch))
+    body(*refs, *scratch)
 
   tiles = (hopper.matrix(64, 64, jnp.bfloat16)(1),) * 3
   kernel = hopper.launch_alone(

@@ -111,6 +111,9 @@ def test_refusals_name_the_values():
   assert refuse(single(128), single(128), single(256)) is None
   assert "bfloat16, float32" in refuse(narrow, narrow, single(64))
   assert refuse(single(129), single(129), single(64)).endswith("129 is more than 128 in float32")
+  decays = jax.ShapeDtypeStruct((70_000, 8, 1, 64), jnp.float32)
+  found = linear_hopper.unsupported(narrow, narrow, narrow, decays, Settings(1.0, False))
+  assert found == "batch 70000 is more than 65535, with decays per channel"
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
