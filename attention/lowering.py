@@ -109,9 +109,10 @@ def _primitives(jaxpr: Any) -> set[str]:
 
 def visits(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> tuple[Visits, Visits]:
   """(by query, by key): who visits whom, in blocks of `block_q` queries and `block_k` keys. Of a
-  static mask they are NumPy's, so that a kernel may know them before it runs.
+  static mask they are NumPy's, so that a kernel may know them before it runs. The last block of
+  keys is asked about whole: a mask that is cut at S (`masks.prefix`) is mixed if that is longer.
   """
-  q, k = Span.blocks(T, block_q), Span.blocks(S, block_k)
+  q, k = Span.blocks(T, block_q), Span.blocks(-(-S // block_k) * block_k, block_k)
   if q.first.size * k.first.size > _STATIC_BLOCKS:
     q, k = (Span(jnp.asarray(x.first), jnp.asarray(x.last), x.width) for x in (q, k))
   some, every = mask.block(q, k)

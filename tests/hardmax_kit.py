@@ -97,6 +97,7 @@ MASKS = {
   "nothing to see": (90, 40, masks.causal(-60)),
   "window": (500, 500, masks.sliding_window(300)),
   "one query": (1, 300, masks.everything()),
+  "every key": (40, 300, masks.everything()),
 }
 """T, S, mask. In blocks of 128 the window's last queries visit a full block before an earlier one
 that is mixed.

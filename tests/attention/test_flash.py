@@ -84,6 +84,26 @@ def test_everything_at_once(chip):
   kit.assert_trees_close(actual, expected, case.dtype, factor=2)
 
 
+@pytest.mark.parametrize("mask", [None, ~masks.prefix(20)])
+def test_keys_that_fill_no_block_are_not_seen(chip, mask):
+  """Of 300 keys the last block is not whole, and whatever the mask asks of it is allowed."""
+  case = _case(chip, B=1, T=70, S=300, N=2, K=1, H=32, h=32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(implementation, q, k, v):
+    def loss(q, k, v):
+      out, lse = attend(q, k, v, mask=mask, implementation=implementation, return_residual=True)
+      return jnp.sin(out.astype(lse.dtype)).sum() + jnp.cos(lse).sum(), (out, lse)
+
+    (_, (out, lse)), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+  actual = run(chip, *case.inputs())
+  with kit.double():
+    expected = jax.tree.map(np.asarray, run("reference", *kit.to_double(case.inputs())))
+  kit.assert_trees_close(actual, expected, case.dtype, factor=2)
+
+
 def test_an_empty_row_and_a_second_derivative(chip):
   case = _case(chip, B=1, T=40, S=40, N=2, K=2, H=32, h=32)
   q, k, v = case.inputs()

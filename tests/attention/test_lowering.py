@@ -87,6 +87,14 @@ def test_visits_miss_nothing_and_full_is_full(mask, block_q, block_k):
         assert not block.any() or place < active[at], "an allowed pair is not visited"
 
 
+def test_a_block_that_reaches_beyond_the_keys_is_not_full():
+  by_query, by_key = lowering.visits(masks.prefix(300), 300, 300, 128, 128)
+  np.testing.assert_array_equal(by_query.full[0, 0], [2, 2, 2])
+  np.testing.assert_array_equal(by_query.order[0, 0], [[0, 1, 2]] * 3)
+  np.testing.assert_array_equal(by_key.full[0, 0], [3, 3, 0])
+  np.testing.assert_array_equal(by_query.active[0, 0], [3, 3, 3])
+
+
 def test_a_window_visits_a_band():
   by_query, by_key = lowering.visits(masks.sliding_window(63), 1024, 1024, 64, 64)
   np.testing.assert_array_equal(by_query.active[0, 0], [1] + [2] * 15)
