@@ -110,12 +110,12 @@ class _Chunks:
 
   def __init__(self, static: Static, inputs: Inputs, counts, outputs: Outputs, scratch: Scratch):
     self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
-    self.counts = counts  # of the chunks of every run, and of slices: bounds of loops, from memory
+    self.counts = counts  # the chunks of every run, then the slices, for who computes
     self.b, self.n, run, self.wg = (
       lax.axis_index(name) for name in ("batch", "head", "run", "warpgroup")
     )
     self.first, self.parts, self.width = run * SPAN, len(inputs.k), columns(len(inputs.k))
-    self.count = jnp.minimum(static.chunks - self.first, SPAN)
+    self.count = jnp.minimum(static.chunks - self.first, SPAN)  # the same, for who feeds
 
   def feed(self) -> None:
     """The memory warpgroup: chunk after chunk, and slice after slice of each."""
@@ -273,6 +273,7 @@ class _Chunks:
     scratch, static, on_chip = self.scratch, self.static, self.static.on_chip
     dk, dp = carry
     step = t * static.slices + j
+    # 128 uses later than `tokens`, 64 than `tokens_again`: none of their descriptors is shared.
     still = lambda buffers, slot: hopper_parts.at(buffers, hopper.unhoisted(slot, step + 128))
     k_buffer = scratch.tokens.buffers[self.parts : 2 * self.parts]
     slot = scratch.tokens.slot(t)
