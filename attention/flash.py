@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attention import kernels, lowering, masks
+from attention import kernels, lowering
 from attention.masks import Mask
 from attention.scores import Modifiers
 from pallas_kernels.flash import Extras, Settings
@@ -68,10 +68,9 @@ def _split(chip: str, call: Any) -> tuple[_Static, _Operands]:
 
 def _given(static: _Static, operands: _Operands) -> tuple[Mask, Extras, Settings]:
   """What the kernel is given beside q, k and v, and the mask behind it, cut at the last key."""
-  (T, S), mask = (x.shape[1] for x in operands[:2]), operands.mask
+  T, S = (x.shape[1] for x in operands[:2])
   blocks = _blocks(static, operands)
-  if any(S % block_k for _, block_k in blocks):
-    mask = mask & masks.prefix(S)
+  mask = lowering.cut(operands.mask, S, *(block_k for _, block_k in blocks))
   lowered = lowering.lower(mask, T, S)
   extras = Extras(
     bias=operands.modifiers.bias,

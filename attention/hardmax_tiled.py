@@ -201,8 +201,7 @@ def unsupported(chip: str, call: Any) -> str | None:
 def _winners_on(chip: str, q: Array, k: Array, mask: Mask) -> Winners:
   """By its kernel."""
   T, S, kernel = q.shape[3], k.shape[2], _kernel(chip)
-  if S % kernel.BLOCK[1]:
-    mask = mask & masks.prefix(S)
+  mask = lowering.cut(mask, S, kernel.BLOCK[1])
   by_query, _ = lowering.visits(mask, T, S, *kernel.BLOCK)
   rule = lowering.Rule(jax.tree.structure(mask))
 

@@ -107,10 +107,15 @@ def _primitives(jaxpr: Any) -> set[str]:
   return found
 
 
+def cut(mask: Mask, S: int, *blocks: int) -> Mask:
+  """The mask without what lies behind the last of S keys, if blocks of keys so wide reach there."""
+  return mask & masks.prefix(S) if any(S % block for block in blocks) else mask
+
+
 def visits(mask: Mask, T: int, S: int, block_q: int, block_k: int) -> tuple[Visits, Visits]:
   """(by query, by key): who visits whom, in blocks of `block_q` queries and `block_k` keys. Of a
   static mask they are NumPy's, so that a kernel may know them before it runs. The last block of
-  keys is asked about whole: a mask that is cut at S (`masks.prefix`) is mixed if that is longer.
+  keys is asked about whole: of a mask that is `cut` it is not full if it reaches beyond S.
   """
   q, k = Span.blocks(T, block_q), Span.blocks(-(-S // block_k) * block_k, block_k)
   if q.first.size * k.first.size > _STATIC_BLOCKS:

@@ -110,12 +110,12 @@ class _Chunks:
 
   def __init__(self, static: Static, inputs: Inputs, counts, outputs: Outputs, scratch: Scratch):
     self.static, self.inputs, self.outputs, self.scratch = static, inputs, outputs, scratch
-    self.counts = counts  # the chunks of every run, then the slices, for who computes
+    self.counts = counts  # the chunks of every run, then the slices, to compute
     self.b, self.n, run, self.wg = (
       lax.axis_index(name) for name in ("batch", "head", "run", "warpgroup")
     )
     self.first, self.parts, self.width = run * SPAN, len(inputs.k), columns(len(inputs.k))
-    self.count = jnp.minimum(static.chunks - self.first, SPAN)  # the same, for who feeds
+    self.count = jnp.minimum(static.chunks - self.first, SPAN)  # to feed
 
   def feed(self) -> None:
     """The memory warpgroup: chunk after chunk, and slice after slice of each."""

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kit
-from attention import masks
+from attention import lowering, masks
 from attention.masks import Span
 from pallas_kernels import flash_hopper, tiles
 from pallas_kernels.flash import Extras, Settings, Visits
@@ -60,8 +60,7 @@ class Call(NamedTuple):
 
 def visits(mask, T, S, blocks):
   """(by query, by key) in these blocks; a last one that is not whole is mixed."""
-  if S % blocks[1]:
-    mask = mask & masks.prefix(S)
+  mask = lowering.cut(mask, S, blocks[1])
   q, k = (Span.blocks(-(-n // b) * b, b) for n, b in zip((T, S), blocks, strict=True))
   some, every = map(np.asarray, mask.block(q, k))
 

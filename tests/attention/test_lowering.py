@@ -75,7 +75,7 @@ def test_visits_miss_nothing_and_full_is_full(mask, block_q, block_k):
   array = np.broadcast_to(mask.as_array(T, S), (2, 3, T, S))
   array = np.pad(array, ((0, 0), (0, 0), (0, 0), (0, -S % block_k)))
   for visits, pairs, (rows, columns) in zip(
-    lowering.visits(mask & masks.prefix(S), T, S, block_q, block_k),
+    lowering.visits(lowering.cut(mask, S, block_k), T, S, block_q, block_k),
     (array, array.swapaxes(2, 3)),
     ((block_q, block_k), (block_k, block_q)),
     strict=True,
