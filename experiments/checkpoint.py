@@ -38,7 +38,7 @@ class Checkpoints:
   """The checkpoints in one folder. Every process of a run calls every method.
 
   A `reader` touches nothing: the run that writes there may be alive. Who writes sweeps away what a
-  kill left unfinished, and must be alone in the folder.
+  kill left unfinished, in the background and before its first save, and must be alone in the folder.
   """
 
   def __init__(self, folder: str | pathlib.Path, *, keep: int = 3, reader: bool = False):

@@ -165,17 +165,20 @@ def test_damaged_ones_are_set_aside_and_never_deleted(tmp_path):
   assert aside.read_bytes() == b"short" and (tmp_path / "2-2.damaged").is_dir()
 
 
-def test_leftovers_of_a_kill_are_swept_away(tmp_path):
+def test_leftovers_of_a_kill_are_swept_away_before_the_next_save(tmp_path):
   fill(tmp_path, 1)
-  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-  (tmp_path / "2.orbax-checkpoint-tmp" / "part").write_text("x")
+  leftovers = [tmp_path / f"{step}.orbax-checkpoint-tmp" for step in (2, 7)]
+  for folder in leftovers:
+    folder.mkdir()
+    (folder / "part").write_text("x")
   with Checkpoints(tmp_path, reader=True) as checkpoints:  # it may be in the making: a live run's
     assert checkpoints.restore_newest(like(make(0)))[0] == 1
-  assert (tmp_path / "2.orbax-checkpoint-tmp" / "part").exists()
+  assert all((folder / "part").exists() for folder in leftovers)
   with Checkpoints(tmp_path) as checkpoints:
-    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
     assert checkpoints.steps == [1]
     checkpoints.save(2, make(2), {"a": 1})
+  assert not any(folder.exists() for folder in leftovers)
+  assert not (tmp_path / "2" / "part").exists()
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.restore_newest(like(make(0)))[0] == 2
 
