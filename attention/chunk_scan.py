@@ -6,9 +6,9 @@
 `attention/chunks.py` has the decays. G chunks are a group: what is inside a chunk is computed for
 all of them at once, as if they were rows of the batch, and only states go from one to the next. The
 chunks of a row stand beside each other, so that a mesh may cut the batch. The backward pass keeps
-the inputs and nothing else. It runs the states forward once more, keeping one per group, and then
-walks back over the groups, each recomputed from the state that enters it and differentiated there
-and then. That is plain JAX, so it differentiates again.
+the inputs, and the states that enter the groups where these are few beside them; else it runs the
+states forward once more. It walks back over the groups, each recomputed from the state that enters
+it and differentiated there and then. That is plain JAX, so it differentiates again.
 
 The layout inside a chunk is head-major, [BG N C width], and every buffer of the loop is used again
 for the next group: on a CPU the working set of a group stays in cache.
@@ -27,8 +27,10 @@ from attention.feature_maps import FeatureMap
 
 GROUP = 8
 """Chunks of a group, at most, and ..."""
-_GROUP_ELEMENTS = 2**18
-"""... numbers of one of its arrays, all heads together: 1 MiB, what a core's cache holds."""
+_GROUP_ELEMENTS = 2**17
+"""... numbers of one of its arrays, all heads together: half of what a core's cache holds."""
+_KEPT_STATES = 1 / 8
+"""Of the bytes of q, k and v: what the states that enter groups may have to be kept."""
 
 
 class State(NamedTuple):
@@ -128,7 +130,7 @@ def _states(rule: Rule, state: State, x: _Terms) -> tuple[State, State]:
       kv, z = kv * jnp.swapaxes(carry, -1, -2), z * carry[:, :, 0, :]
     return State(kv + new_kv, state.z if new_z is None else z + new_z), state
 
-  state, entering = lax.scan(chunk, state, (new, carry))
+  state, entering = lax.scan(chunk, state, (new, carry), unroll=True)
   return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), entering)
 
 
@@ -179,6 +181,8 @@ def _group(
   rule: Rule, phi: FeatureMap, state: State, x: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
   """One group: (state after, outputs [BG C N h])."""
+  # Copied in one piece first: it is quicker to turn axes in cache.
+  x = jax.tree.map(products.settled, x)
   terms = _terms(rule, phi, x, marks)
   q = _head_major(
     phi(x.q.astype(rule.dtype), positions=marks.positions, is_query=True), rule.num_heads
@@ -197,12 +201,20 @@ def scan(
 
 
 def _scan_forward(rule, phi, state, xs, marks):
-  return scan(rule, phi, state, xs, marks), (phi, state, xs, marks)
+  size = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
+  few = size(*state) * len(xs.q) <= _KEPT_STATES * size(xs.q, xs.k, xs.v)
+
+  def group(entering, x):
+    leaving, out = _group(rule, phi, entering, *x)
+    return leaving, (out, entering if few else None)
+
+  leaving, (out, entering) = lax.scan(group, state, (xs, marks))
+  return (leaving, out), (phi, state, entering, xs, marks)
 
 
 def _scan_backward(rule, saved, gradients):
-  """States forward again, one per group; then the groups backward, each recomputed."""
-  phi, state, xs, marks = saved
+  """The groups backward, each recomputed from the state that enters it."""
+  phi, state, entering, xs, marks = saved
   d_state, d_out = gradients
 
   def forward(state, x):
@@ -212,13 +224,14 @@ def _scan_backward(rule, saved, gradients):
     d_state, d_phi = carry
     state, tokens, marks, d_out = x
     _, pull = jax.vjp(lambda p, s, x: _group(rule, p, s, x, marks), phi, state, tokens)
-    d_phi_here, d_state, d_tokens = pull((d_state, d_out))
+    d_phi_here, d_state, d_tokens = pull((d_state, products.settled(d_out)))
     learned = lambda total, here: total if here.dtype == jax.dtypes.float0 else total + here
     return (d_state, jax.tree.map(learned, d_phi, d_phi_here)), d_tokens
 
-  _, states = lax.scan(forward, state, (xs, marks))
+  if entering is None:
+    _, entering = lax.scan(forward, state, (xs, marks))
   carry = (d_state, jax.tree.map(jnp.zeros_like, phi))
-  (d_state, d_phi), d_xs = lax.scan(backward, carry, (states, xs, marks, d_out), reverse=True)
+  (d_state, d_phi), d_xs = lax.scan(backward, carry, (entering, xs, marks, d_out), reverse=True)
   d_phi = jax.tree.map(lambda d: d if jnp.issubdtype(d.dtype, jnp.inexact) else None, d_phi)
   return d_phi, d_state, d_xs, None
 

@@ -37,8 +37,8 @@ def like(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
 class Checkpoints:
   """The checkpoints in one folder. Every process of a run calls every method.
 
-  A `reader` touches nothing: the run that writes there may be alive. Who writes sweeps away what a
-  kill left unfinished, in the background and before its first save, and must be alone in the folder.
+  A `reader` touches nothing: the run that writes there may be alive. Who writes must be alone in
+  the folder; its first save waits until what a kill left unfinished is swept away.
   """
 
   def __init__(self, folder: str | pathlib.Path, *, keep: int = 3, reader: bool = False):

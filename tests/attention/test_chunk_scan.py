@@ -35,7 +35,32 @@ def test_groups_are_cut_and_joined():
 def test_a_group_fits_the_cache_and_pads_little():
   size = lambda T, numbers: chunk_scan.group_size(T, 64, numbers)
   assert [size(T, 1) for T in (0, 1, 64, 65, 512, 513, 600)] == [1, 1, 1, 2, 8, 5, 5]
-  assert [size(10_000, n) for n in (2**14, 2**16, 2**18, 2**20)] == [8, 4, 1, 1]
+  assert [size(10_000, n) for n in (2**13, 2**15, 2**17, 2**19)] == [8, 4, 1, 1]
+
+
+@pytest.mark.parametrize(("width", "kept"), [(8, True), (64, False)])
+def test_entering_states_are_kept_where_they_are_few(width, kept, monkeypatch):
+  """And the gradients are those of states that are made again."""
+  q, k, v, c = jax.random.normal(jax.random.key(0), (4, 1, 1200, 2, width)) / 4
+  g = -jnp.exp(jax.random.normal(jax.random.key(1), (1, 1200, 2)))
+  initial = chunk_scan.State(jnp.ones((1, 2, width, width)), jnp.ones((1, 2, width)))
+
+  def attend(q, k, v, g, initial):
+    return linear_attention(
+      q, k, v, log_decay=g, initial_state=initial, chunk_size=16, implementation="chunked"
+    )
+
+  def gradients():
+    jax.clear_caches()
+    _, pull = jax.vjp(attend, q, k, v, g, initial)
+    return sum(x.nbytes for x in jax.tree.leaves(pull)), pull(c)
+
+  size, got = gradients()
+  monkeypatch.setattr(chunk_scan, "_KEPT_STATES", 0 if kept else 100)
+  other, want = gradients()
+  assert (size > other) == kept and abs(size - other) > 4 * initial.kv.nbytes
+  assert not kept or size - other <= 3 * q.nbytes / 8 + 4
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_full_decay_of_each_form():
