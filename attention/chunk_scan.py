@@ -28,9 +28,9 @@ from attention.feature_maps import FeatureMap
 GROUP = 8
 """Chunks of a group, at most, and ..."""
 _GROUP_ELEMENTS = 2**17
-"""... numbers of one of its arrays, all heads together: half of what a core's cache holds."""
+"""... numbers of one of its arrays, all heads together: half a MiB, and some twenty are alive."""
 _KEPT_STATES = 1 / 8
-"""Of the bytes of q, k and v: what the states that enter groups may have to be kept."""
+"""The states that enter groups are kept for the backward pass up to this part of q, k and v."""
 
 
 class State(NamedTuple):
@@ -181,7 +181,7 @@ def _group(
   rule: Rule, phi: FeatureMap, state: State, x: Tokens, marks: Marks
 ) -> tuple[State, jax.Array]:
   """One group: (state after, outputs [BG C N h])."""
-  # Copied in one piece first: it is quicker to turn axes in cache.
+  # Copied in one piece: the axes are turned in cache then, which is quicker (BUILD_NOTES.md).
   x = jax.tree.map(products.settled, x)
   terms = _terms(rule, phi, x, marks)
   q = _head_major(
@@ -217,8 +217,9 @@ def _scan_backward(rule, saved, gradients):
   phi, state, entering, xs, marks = saved
   d_state, d_out = gradients
 
-  def forward(state, x):
-    return _states(rule, state, _terms(rule, phi, *x))[0], state
+  if entering is None:
+    again = lambda state, x: (_states(rule, state, _terms(rule, phi, *x))[0], state)
+    _, entering = lax.scan(again, state, (xs, marks))
 
   def backward(carry, x):
     d_state, d_phi = carry
@@ -228,8 +229,6 @@ def _scan_backward(rule, saved, gradients):
     learned = lambda total, here: total if here.dtype == jax.dtypes.float0 else total + here
     return (d_state, jax.tree.map(learned, d_phi, d_phi_here)), d_tokens
 
-  if entering is None:
-    _, entering = lax.scan(forward, state, (xs, marks))
   carry = (d_state, jax.tree.map(jnp.zeros_like, phi))
   (d_state, d_phi), d_xs = lax.scan(backward, carry, (entering, xs, marks, d_out), reverse=True)
   d_phi = jax.tree.map(lambda d: d if jnp.issubdtype(d.dtype, jnp.inexact) else None, d_phi)
