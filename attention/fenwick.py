@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import hardmax_levels
+from attention import hardmax_levels, parts
 
 
 @functools.partial(jax.jit, static_argnames="recent")
@@ -30,9 +30,8 @@ def candidates(
   """
   B, T, N, _ = q.shape
   k = jnp.repeat(k, N // k.shape[2], axis=2)
-  q, k = (x.swapaxes(1, 2).reshape(B * N, T, 2) for x in lax.stop_gradient((q, k)))
-  winners = lax.map(lambda row: _block_winners(row[0], row[1], recent), (q, k))
-  winners = winners.reshape(B, N, T, -1).swapaxes(1, 2)
+  q, k = (x.swapaxes(1, 2) for x in lax.stop_gradient((q, k)))
+  winners = parts.each(functools.partial(_block_winners, recent=recent), q, k).swapaxes(1, 2)
   t = jnp.arange(T, dtype=jnp.int32)[:, None]
   own = t // recent * recent + jnp.arange(recent, dtype=jnp.int32)[None]
   own = jnp.broadcast_to(jnp.where(own <= t, own, -1)[None, :, None], (B, T, N, recent))

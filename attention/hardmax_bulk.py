@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention import hardmax_levels, plane
+from attention import hardmax_levels, parts, plane
 from attention.hardmax_levels import Level, Problem, Ties
 from attention.running import running
 from attention.types import Array
@@ -287,15 +287,16 @@ def _head(q: Array, k: Array, causal: bool, diagonal: int) -> _Head:
   )
 
 
-def _when(condition: Array, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
-  return lax.cond(condition, lambda _: true(), lambda _: false(), None)
+def _if_any(condition: Array, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
+  """`true()`, right for every head, where a head of the part needs it."""
+  return lax.cond(parts.anywhere(condition), lambda _: true(), lambda _: false(), None)
 
 
 def _all_winners(head: _Head) -> Winners:
   """Of every query."""
   hull = jax.tree.map(head.queries, _winners(head.problem, head.causal, head.diagonal))
-  return _when(
-    head.axis.any(),
+  return _if_any(
+    head.axis,
     lambda: jax.tree.map(
       lambda x, y: jnp.where(head.axis, x, y), _axis_winners(head.q, head.k, head.causal), hull
     ),
@@ -313,8 +314,8 @@ def _sums(head: _Head, winners: Winners, v: Array) -> Array:
     head.problem, _inside(head, winners), head.padded(v), head.causal, head.diagonal
   )
   hull = head.queries(whole)
-  return _when(
-    head.axis.any(),
+  return _if_any(
+    head.axis,
     lambda: jnp.where(head.axis[:, None], _axis_sums(head.q, head.k, v, head.causal), hull),
     lambda: hull,
   )
@@ -333,7 +334,7 @@ def _sums_transposed(head: _Head, winners: Winners, g: Array) -> Array:
     _, send = jax.vjp(lambda v: _axis_sums(head.q, head.k, v, head.causal), nothing)
     return hull + send(jnp.where(axis, g, 0))[0]
 
-  return _when(head.axis.any(), with_axis, lambda: hull)
+  return _if_any(head.axis, with_axis, lambda: hull)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -342,10 +343,9 @@ def _attend(ties, causal, diagonal, q, k, v):
 
 
 def _forward(ties, causal, diagonal, q, k, v):
-  """Of heads in a row: q `X T 2`, k `X S 2`, v `X S h`."""
+  """Of q `B N T 2`, k `B N S 2`, v `B N S h`."""
 
-  def one(qkv):
-    q, k, v = qkv
+  def one(q, k, v):
     head = _head(q, k, causal, diagonal)
     winners = _all_winners(head)
     nobody = winners.count == 0
@@ -354,29 +354,23 @@ def _forward(ties, causal, diagonal, q, k, v):
     if ties == "latest":
       return read(), winners
     count = jnp.maximum(winners.count, 1)[:, None].astype(v.dtype)
-    alone = (winners.count <= 1).all()
-    return _when(alone, read, lambda: _sums(head, winners, v) / count), winners
+    return _if_any(winners.count > 1, lambda: _sums(head, winners, v) / count, read), winners
 
-  out, winners = lax.map(one, (q, k, v))
+  out, winners = parts.each(one, q, k, v)
   return (out, winners), (q, k, winners)
 
 
 def _backward(ties, causal, diagonal, saved, cotangents):
-  def one(row):
-    q, k, winners, g = row
-    S = k.shape[0]
+  def one(q, k, winners, g):
+    to_last = lambda: jax.ops.segment_sum(g, winners.last, k.shape[0])
     if ties == "latest":
-      return jax.ops.segment_sum(g, winners.last, S)
-    alone = (winners.count <= 1).all()
+      return to_last()
     g = g / jnp.maximum(winners.count, 1)[:, None].astype(g.dtype)
-    return _when(
-      alone,
-      lambda: jax.ops.segment_sum(g, winners.last, S),
-      lambda: _sums_transposed(_head(q, k, causal, diagonal), winners, g),
-    )
+    spread = lambda: _sums_transposed(_head(q, k, causal, diagonal), winners, g)
+    return _if_any(winners.count > 1, spread, to_last)
 
   q, k, winners = saved
-  return jnp.zeros_like(q), jnp.zeros_like(k), lax.map(one, (q, k, winners, cotangents[0]))
+  return jnp.zeros_like(q), jnp.zeros_like(k), parts.each(one, q, k, winners, cotangents[0])
 
 
 _attend.defvjp(_forward, _backward)
@@ -388,10 +382,6 @@ def attend(
   """The output `B T N h` and the winners `B T N` of q `B T N 2`, k `B S K 2`, v `B S K h`,
   float32 or float64.
   """
-  B, T, N, _ = q.shape
-  K, h = v.shape[2:]
-  k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-  rows = tuple(x.swapaxes(1, 2).reshape(B * N, -1, x.shape[-1]) for x in (q, k, v))
-  out, winners = _attend(ties, causal, diagonal, *rows)
-  winners = jax.tree.map(lambda x: x.reshape(B, N, T).swapaxes(1, 2), winners)
-  return out.reshape(B, N, T, h).swapaxes(1, 2), winners
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  out, winners = _attend(ties, causal, diagonal, *(x.swapaxes(1, 2) for x in (q, k, v)))
+  return out.swapaxes(1, 2), jax.tree.map(lambda x: x.swapaxes(1, 2), winners)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import hardmax_levels, plane
+from attention import hardmax_levels, parts, plane
 from attention.hardmax_levels import Level, Problem
 
 DIAGONAL = 256
@@ -47,13 +47,11 @@ def retrieve(
   `top_k` is at most `diagonal`; with `causal` T is S. No gradient.
   """
   q, k = lax.stop_gradient((q, k))
-  B, T, N, _ = q.shape
-  S, K = k.shape[1:3]
-  k = jnp.repeat(k, N // K, axis=2)
-  rows = tuple(x.swapaxes(1, 2).reshape(B * N, -1, 2) for x in (q, k))
-  one = functools.partial(_one_head, top_k=min(top_k, S), causal=causal, diagonal=diagonal)
-  index = lax.map(lambda row: one(*row), rows)
-  return index.reshape(B, N, T, -1).swapaxes(1, 2)
+  k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+  q, k = (x.swapaxes(1, 2) for x in (q, k))
+  top_k = min(top_k, k.shape[2])
+  one = functools.partial(_one_head, top_k=top_k, causal=causal, diagonal=diagonal)
+  return parts.each(one, q, k).swapaxes(1, 2)
 
 
 def _one_head(q: Array, k: Array, *, top_k: int, causal: bool, diagonal: int) -> Int[Array, "T C"]:
@@ -81,7 +79,7 @@ def _diagonal(q: Array, k: Array, block: int, top_k: int) -> tuple[Array, Array]
   def one(x):
     start, q, k = x
     score = jnp.where(jnp.tri(block, dtype=bool), plane.scores(q, k), -jnp.inf)
-    score, index = lax.top_k(score, top_k)
+    score, index = parts.top_k(score, top_k)
     return score, start + index
 
   blocks = (x.reshape(-1, block, 2) for x in (q, k))
@@ -106,7 +104,7 @@ def _visit(
     keys = level.keys[jnp.maximum(slots, 0)]
     new = plane.score(tuple(q[query]), tuple(k[keys].T))
     score = jnp.concatenate([score, jnp.where(inside, new, -jnp.inf)])
-    score, chosen = lax.top_k(score, top_k)
+    score, chosen = parts.top_k(score, top_k)
     return score, jnp.concatenate([index, keys])[chosen]
 
   old = tuple(x[level.queries] for x in found)

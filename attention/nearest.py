@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
-from attention import native, plane
+from attention import native, parts, plane
 
 _KEY, _ENTRY, _LEFT, _RIGHT, _BELOW, _BELOW_ENTRY, _ABOVE, _ABOVE_ENTRY = range(8)
 _WIDTH = 8  # numbers in a node
@@ -137,12 +137,10 @@ def at_positions(
   """Where the keys are the positions 0 to length - 1: the value at the nearest one, in O(1).
   Halfway between two the even one's, as rounding does; 0 where there is none.
   """
-  (B, _, N), K = q.shape, v.shape[2]
-  last = jnp.broadcast_to(jnp.asarray(length, jnp.int32), (B,))[:, None, None] - 1
+  last = jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])[:, None, None] - 1
   at = jnp.clip(jnp.round(q.astype(jnp.float32)), 0, 2**31 - 128).astype(jnp.int32)
   at = jnp.clip(at, 0, jnp.maximum(last, 0))  # not by a float, which would be another number
-  rows, heads = jnp.arange(B)[:, None, None], (jnp.arange(N) // (N // K))[None, None]
-  return jnp.where((last >= 0)[..., None], v[rows, at, heads], 0)
+  return jnp.where((last >= 0)[..., None], parts.read(v, at), 0)
 
 
 @jax.jit

@@ -7,13 +7,16 @@ over single units would make XLA gather the axis on all of them.
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array
+
+from attention import chips
 
 
 class Part(NamedTuple):
@@ -40,6 +43,61 @@ def side(units: int, least: int, most: int) -> int:
   whole = math.gcd(units, least)
   fitting = (n for n in range(units, whole, -1) if n <= most and units % n == n % whole == 0)
   return next(fitting, whole)
+
+
+def each(function: Callable[..., Any], *arrays: Any) -> Any:
+  """What a function of one row and head makes of each, arrays `B N ...` to arrays `B N ...`: one
+  after another, but those together that the mesh in context may have on different devices.
+  """
+  B, N = arrays[0].shape[:2]
+  rows, heads = (side(units, devices() or 1, 1) for units in (B, N))
+
+  def apart(x):
+    x = x.reshape(rows, B // rows, heads, N // heads, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 3), (0, 1)).reshape(-1, rows, heads, *x.shape[4:])
+
+  def together(x):
+    x = x.reshape(B // rows, N // heads, rows, heads, *x.shape[3:])
+    return jnp.moveaxis(x, (0, 1), (1, 3)).reshape(B, N, *x.shape[4:])
+
+  part = jax.vmap(jax.vmap(function))
+  return jax.tree.map(together, lax.map(lambda x: part(*x), jax.tree.map(apart, arrays)))
+
+
+@custom_vmap
+def anywhere(condition: Array) -> Array:
+  """Whether it holds in one place, under `vmap` one answer for all rows: so of a `lax.cond` that
+  reads it one branch runs and not both.
+  """
+  return condition.any()
+
+
+@anywhere.def_vmap
+def _anywhere_of_rows(size, batched, condition):
+  del size, batched
+  return anywhere(condition.any(axis=0)), False
+
+
+def read(x: Array, index: Array) -> Array:
+  """`B S K ...` at tokens, `B T N C` or `B T N`; N / K heads read each of K. Rows and heads are
+  axes of the gather: were they indices, a mesh that cuts them would have all of x everywhere.
+  """
+  (B, T, N), K = index.shape[:3], x.shape[2]
+  grouped = index.reshape(B, T, K, N // K, *index.shape[3:])
+  head = jax.vmap(lambda x, index: x[index], in_axes=1, out_axes=1)
+  return jax.vmap(head)(x, grouped).reshape(*index.shape, *x.shape[3:])
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+  """`lax.top_k`, of whose operand XLA's CPU compiler would have all on every device of a mesh. The
+  approximate one of recall 1 becomes the same program there, and stays cut.
+  """
+  if chips.current().platform != "cpu":
+    return lax.top_k(x, k)
+  if k == 1:  # of equal ones the first, as ever
+    return x.max(-1, keepdims=True), lax.argmax(x, x.ndim - 1, jnp.int32)[..., None]
+  best, index = lax.approx_max_k(x, k, recall_target=1.0)
+  return best, index
 
 
 def take(x: Array, layout: str, cut: Mapping[str, Part]) -> Array:

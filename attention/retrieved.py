@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import chips, dispatch, hardmax_layers, hardmax_levels, masks, plane
+from attention import chips, dispatch, hardmax_layers, hardmax_levels, masks, parts, plane
 from attention.dispatch import Implementation
 from attention.masks import Mask
 
@@ -54,7 +54,7 @@ def retrieve(
     seen = mask(q_idx, k_idx)
     seen = seen[:, None] if seen.shape[1] == 1 else seen.reshape(-1, K, N // K, block, S)
     s = jnp.where(seen, plane.scores(q, keys) * scale, -jnp.inf)
-    best, index = lax.top_k(s, top_k)
+    best, index = parts.top_k(s, top_k)
     # Not the first of `best`: a slice of it keeps XLA from seeing that a sort ends after `top_k`.
     m = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(s.dtype).min)
     lse = m[..., 0] + jnp.log(jnp.exp(s - m).sum(-1))
@@ -143,17 +143,13 @@ def softmax_over(
   """Softmax over given candidates, all different, -1 for none; and the part of the softmax over all
   keys that they hold, if its log-sum-exp is given (else 1 where there is a candidate).
   """
-  B, _, N, _ = q.shape
-  K = k.shape[2]
-  rows = jnp.arange(B)[:, None, None, None]
-  heads = (jnp.arange(N) // (N // K))[:, None]
-  at = (rows, jnp.maximum(index, 0), heads)
-  none = index < 0
-  s = jnp.where(none, -jnp.inf, (q[..., None, :] * k[at]).sum(-1) * scale)
+  none, index = index < 0, jnp.maximum(index, 0)
+  scores = (q[..., None, :] * parts.read(k, index)).sum(-1) * scale
+  s = jnp.where(none, -jnp.inf, scores)
   m = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(s.dtype).min))
   p = jnp.where(none, 0.0, jnp.exp(s - m))
   total = p.sum(-1, keepdims=True)
-  out = (p / jnp.where(total > 0, total, 1.0))[..., None] * v[at]
+  out = (p / jnp.where(total > 0, total, 1.0))[..., None] * parts.read(v, index)
   found = m[..., 0] + jnp.log(jnp.where(total > 0, total, 1.0))[..., 0]
   mass = jnp.ones_like(found) if lse is None else jnp.exp(jnp.minimum(found - lse, 0.0))
   mass = jnp.where(total[..., 0] > 0, mass, 0.0).astype(jnp.float32)

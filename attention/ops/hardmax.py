@@ -42,6 +42,7 @@ from attention import (
   hardmax_levels,
   hardmax_tiled,
   masks,
+  parts,
   plane,
   retrieved,
   shapes,
@@ -298,9 +299,7 @@ def direction_grid_attention(
     raise NotImplementedError(f"a grid of directions needs H = 3 and T = S, not {H}, {T} and {S}")
   q, k, _ = _widened(call)
   index = direction_grid.winners(q, k, cells=cells)
-  N, K = q.shape[2], k.shape[2]
-  rows, heads = jnp.arange(q.shape[0])[:, None, None], (jnp.arange(N) // (N // K))[None, None]
-  out = jnp.where(index[..., None] < 0, 0, call.value[rows, index, heads])
+  out = jnp.where(index[..., None] < 0, 0, parts.read(call.value, index))
   return (out[0], index[0]) if query.ndim == 3 else (out, index)
 
 
@@ -372,10 +371,7 @@ def _bulk(call: Call) -> tuple[Array, Winners]:
   q, k, v = _widened(call)
   causal = call.mask == masks.causal()
   out, winners = hardmax_bulk.attend(q, k, v, ties=call.ties, causal=causal)
-  N, K = q.shape[2], k.shape[2]
-  heads = jnp.arange(N) // (N // K)
-  rows = jnp.arange(q.shape[0])[:, None, None]
-  best = jax.lax.stop_gradient(k)[rows, winners.last, heads]
+  best = parts.read(jax.lax.stop_gradient(k), winners.last)
   score = plane.score(*((x[..., 0], x[..., 1]) for x in (jax.lax.stop_gradient(q), best)))
   score = jnp.where(winners.count > 0, score, -jnp.inf)
   return out, Winners(score.astype(jnp.float32), winners.count, winners.last)

@@ -28,8 +28,8 @@ the decays, exact for any g from 0 to -inf):
     S' = exp(total) S + (K * exp(suffix))^T V
 
 Cost: O(T C (M + h) + T M h) flops; memory O(T), forward and backward. The backward pass keeps the
-inputs and nothing else: it runs the states forward once more, one per group of chunks, and then
-walks the groups back, each recomputed as it is needed.
+inputs, and the states that enter groups of chunks where these are few beside them; else it runs the
+states forward once more. It walks the groups back, each recomputed as it is needed.
 """
 
 import functools

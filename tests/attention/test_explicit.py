@@ -1,6 +1,7 @@
 """Ops under a mesh whose axes are explicit, beside the same ops on one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,20 @@ CALLS = {
     attention.linear_attention, feature_map="elu_plus_one", normalize=True, chunk_size=16
   ),
   "hardmax": functools.partial(attention.hardmax_attention, is_causal=True, return_residual=True),
+  "bulk": functools.partial(
+    attention.hardmax_attention, is_causal=True, return_residual=True, implementation="bulk"
+  ),
   "straight through": functools.partial(attention.hardmax_attention, straight_through=0.5),
   "top k": functools.partial(attention.top_k_attention, mask=CAUSAL, top_k=3),
   "fenwick": attention.fenwick_attention,
+  "grid": lambda q, k, v: attention.direction_grid_attention(
+    *(jnp.pad(x, [(0, 0)] * 3 + [(0, 1)], constant_values=0.5) for x in (q, k)), v, cells=2
+  ),
   "stochastic": lambda q, k, v: attention.stochastic_attention(
     q, k, v, noise=jnp.full((B, T, N), 0.3), temperature=1.0, return_draws=True
   ),
 }
+SENT = re.compile("all-gather|all-to-all|collective-permute")
 CUTS = {"batch": P("x"), "heads": P(None, None, "x")}
 
 
@@ -52,8 +60,11 @@ def place(tree, spec):
 def test_it_gives_what_one_device_gives_and_is_cut_as_the_queries_are(name, cut):
   call = jax.jit(CALLS[name])
   qkv = inputs()
-  want, got = call(*qkv), call(*place(qkv, CUTS[cut]))
+  placed = place(qkv, CUTS[cut])
+  program = call.lower(*placed).compile()
+  want, got = call(*qkv), program(*placed)
   kit.assert_trees_close(jax.device_get(got), want)
+  assert not SENT.findall(program.as_text()), "a device asked another for what it holds"
   axis = {"batch": 0, "heads": 2}[cut]
   out = jax.tree.leaves(got)[0]
   assert jax.typeof(out).sharding.spec[axis] == "x", jax.typeof(out)

@@ -120,3 +120,27 @@ def test_nothing_later_is_read_for_a_nan():
     assert (one[1].last <= np.arange(T)).all()
     assert not np.asarray(one[0])[np.asarray(one[1].count) == 0].any()
     assert not np.asarray(one[2])[150:].any() and np.isfinite(one[2]).all()
+
+
+def test_heads_side_by_side_on_a_mesh():
+  """Of one part one head has ties, one queries along x, and two have neither: each gets
+  what it gets alone, the gradient but for the order of sums.
+  """
+  make = kit.keys()
+  q, k = (np.array(kit.normal(next(make), 1, T, 4, 2)) for _ in range(2))
+  q[:, ::3, 0, 1] = 0
+  q[..., 1, :], k[..., 1, :] = hardmax_kit.planar("grid", T)
+  v, g = (kit.normal(next(make), 1, T, 4, 3) for _ in range(2))
+
+  @jax.jit
+  def run(q, k, v):
+    attend = functools.partial(hardmax_bulk.attend, ties="average", causal=True, diagonal=32)
+    out, pull, winners = jax.vjp(lambda v: attend(q, k, v), v, has_aux=True)
+    return (out, winners), pull(g)[0]
+
+  alone = run(q, k, v)
+  assert (alone[0][1].count > 1).any(axis=(0, 1)).tolist() == [False, True, False, False]
+  with jax.set_mesh(jax.make_mesh((4,), ("heads",), devices=jax.devices()[:4])):
+    together = run(q, k, v)
+  jax.tree.map(np.testing.assert_array_equal, together[0], alone[0])
+  kit.assert_close("dv", together[1], alone[1])
