@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from attention import plane
+from attention import loops, plane
 
 
 class Grid(NamedTuple):
@@ -90,5 +90,7 @@ def winners(
     return grid, jnp.take_along_axis(grid.index, asked, -1)
 
   tokens = (k.swapaxes(0, 1), asked.swapaxes(0, 1), jnp.arange(T, dtype=jnp.int32))
-  found = lax.scan(step, make_grid((B, K), cells, k.dtype), tokens)[1]
+  grid = make_grid((B, K), cells, k.dtype)
+  grid = jax.tree.map(lambda x: x + loops.zero(k, x.dtype), grid)
+  found = lax.scan(step, grid, tokens)[1]
   return found.swapaxes(0, 1).reshape(B, T, N)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention import hardmax_levels, parts, plane
+from attention import hardmax_levels, loops, parts, plane
 from attention.hardmax_levels import Level, Problem, Ties
 from attention.running import running
 from attention.types import Array
@@ -224,6 +224,7 @@ def _by_axis(k: Array, parts: Any, add: Callable[[Any, Any], Any], causal: bool,
     whole = jax.tree.map(
       lambda x: jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)), (m, parts)
     )
+    whole = loops.together(whole)
     total = jax.tree.map(lambda x: x[: m.shape[0]], running(combine, whole)[1])
     return (
       total
@@ -330,7 +331,8 @@ def _sums_transposed(head: _Head, winners: Winners, g: Array) -> Array:
   )[:S]
 
   def with_axis():
-    nothing = jnp.zeros((S, g.shape[1]), g.dtype)
+    # It varies as g does, or the devices of `jax.shard_map` would add up what they send.
+    nothing = jnp.zeros((S, g.shape[1]), g.dtype) + loops.zero(g, g.dtype)
     _, send = jax.vjp(lambda v: _axis_sums(head.q, head.k, v, head.causal), nothing)
     return hull + send(jnp.where(axis, g, 0))[0]
 
@@ -383,5 +385,6 @@ def attend(
   float32 or float64.
   """
   k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  out, winners = _attend(ties, causal, diagonal, *(x.swapaxes(1, 2) for x in (q, k, v)))
+  rows = loops.together(tuple(x.swapaxes(1, 2) for x in (q, k, v)))
+  out, winners = _attend(ties, causal, diagonal, *rows)
   return out.swapaxes(1, 2), jax.tree.map(lambda x: x.swapaxes(1, 2), winners)

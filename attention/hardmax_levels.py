@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention import masks, plane
+from attention import loops, masks, plane
 from attention.masks import Mask
 from attention.running import running
 from attention.types import Array
@@ -181,7 +181,8 @@ def search(level: Level, left: Array | None = None) -> Array:
     target = jnp.where(real, target, n)
     return best.at[target].set(jnp.maximum(last, 0), mode="drop")
 
-  best = lax.fori_loop(first_round, len(_rounds(T)), one_round, jnp.zeros(n, jnp.int32))
+  start = jnp.zeros(n, jnp.int32) + loops.zero((level.q, level.k), jnp.int32)
+  best = lax.fori_loop(first_round, len(_rounds(T)), one_round, start)
   return running(jnp.maximum, best)  # sorted already, but for rounding
 
 
@@ -212,7 +213,7 @@ def fold(problem: Problem, visit: Callable[[Any, Level], Any], carry: Any, lowes
     level = level._replace(best=search(level))
     return query_order, key_order, visit(carry, level)
 
-  start = (problem.query_order, problem.key_order, carry)
+  start = loops.together((problem.query_order, problem.key_order, carry))
   return lax.fori_loop(0, top - lowest + 1, one_level, start)[2]
 
 
