@@ -3,7 +3,8 @@
 An axis of n units is seen as `side` equal runs, and a part has one unit of each: part i those at i
 of every run. A mesh cuts an axis into equal runs too. So where `side` is a multiple of its devices
 every device has its own share of every part, and no loop walks from one device to the next; a loop
-over single units would make XLA gather the axis on all of them.
+over single units would make XLA gather the axis on all of them. `read` and `top_k` likewise leave
+rows and heads where a mesh has them.
 """
 
 import math
