@@ -1,8 +1,8 @@
 """Softmax attention by a hand-written kernel: what all chips share.
 
 The mask is lowered to visits and a rule (`attention.lowering`), the kernel runs forward, and its
-derivative is put together here: delta = rowsum(dO O) - dlse makes the log-sum-exp differentiable,
-the sinks' gradient follows from it, and the kernel's backward pass does the rest. Which kernel is
+derivative is put together here: what it is given of each row makes the log-sum-exp differentiable,
+the sinks' gradient follows from that, and the kernel's backward pass does the rest. Which kernel is
 data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash` describes. Kernels
 are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Array
 from attention import kernels, lowering
 from attention.masks import Mask
 from attention.scores import Modifiers
-from pallas_kernels.flash import Extras, Settings
+from pallas_kernels.flash import Extras, Settings, d_sinks, gradients_of_rows, log_sum_exp
 
 
 class _Static(NamedTuple):
@@ -57,7 +57,7 @@ def unsupported(chip: str, call: Any) -> str | None:
 
 def attend(chip: str, call: Any) -> tuple[Array, Array]:
   """The output `B T N h` and the log-sum-exp `B N T`, float32."""
-  return _attend(*_split(chip, call))
+  return _attend(*_split(chip, call))[:2]
 
 
 def _split(chip: str, call: Any) -> tuple[_Static, _Operands]:
@@ -102,36 +102,29 @@ def _visits(mask: Mask, operands: _Operands, blocks: tuple[int, int]) -> Any:
   return lowering.visits(mask, operands.q.shape[1], operands.k.shape[1], *blocks)
 
 
-def _forward(static: _Static, operands: _Operands) -> tuple[Array, Array]:
+def _forward(static: _Static, operands: _Operands) -> tuple[Array, Array, Array, Array]:
   mask, extras, settings = _given(static, operands)
   by_query, _ = _visits(mask, operands, _blocks(static, operands).forward)
-  return _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
+  out, m, l = _kernel(static.chip).forward(*operands[:3], extras, settings, by_query)
+  return out, log_sum_exp(m, l), m, l
 
 
 def _backward(static: _Static, operands: _Operands, results: Any, gradients: Any) -> Any:
-  (out, lse), (d_out, d_lse) = results, gradients
-  product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
-  delta = product.sum(-1).swapaxes(1, 2) - d_lse
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  d_sinks = None
-  if operands.sinks is not None:
-    share = jnp.exp(operands.sinks.astype(jnp.float32)[None, :, None] - lse)
-    d_sinks = -(share * delta).sum((0, 2)).astype(operands.sinks.dtype)
-
+  (out, _, m, l), (d_out, d_lse, _, _) = results, gradients
   mask, extras, settings = _given(static, operands)
+  rows = gradients_of_rows((out, m, l), d_out, d_lse, extras)
   blocks = _blocks(static, operands)
   by_query, by_key = (_visits(mask, operands, block) for block in (blocks.d_query, blocks.d_key))
-  rows = d_out.astype(operands.v.dtype), lse, delta
   dq, dk, dv, d_bias, d_slopes = _kernel(static.chip).backward(
     *operands[:3], *rows, extras, settings, by_query[0], by_key[1]
   )
-  dq, dk, dv, d_modifiers = jax.tree.map(
-    lambda gradient, x: gradient.astype(x.dtype),
-    (dq, dk, dv, Modifiers(d_bias, d_slopes)),
-    (*operands[:3], operands.modifiers),
-  )
-  given: Any = operands._replace(q=dq, k=dk, v=dv, modifiers=d_modifiers, sinks=d_sinks)
-  return given._replace(dropout_seeds=None, mask=None)
+  given: Any = operands
+  given = given._replace(dropout_seeds=None, mask=None)
+  found = given._replace(
+    q=dq, k=dk, v=dv, modifiers=Modifiers(d_bias, d_slopes),
+    sinks=None if extras.sinks is None else d_sinks(extras.sinks, rows),
+  )  # fmt: skip
+  return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), found, given)
 
 
 _attend = kernels.differentiable_once(

@@ -106,7 +106,8 @@ class _Scratch(NamedTuple):
   keys: Ring
   values: Ring
   turns: Any
-  lse_smem: Any
+  m_smem: Any
+  l_smem: Any
   out_smem: Any
   """None where the output has the shape of the queries and takes their place."""
 
@@ -209,21 +210,22 @@ class _Forward:
     return m_next, l * alpha + p.sum(axis=1), alpha, tile.dropped(p)
 
   def finish(self, m, l, acc) -> None:
-    """The output and the log-sum-exp go out. A row that saw nothing has l = 0 and m = -inf."""
-    out_gmem, lse_gmem = self.outputs
+    """The output, m and l go out. A row that saw nothing has l = 0 and m = -inf."""
+    out_gmem, *rows_gmem = self.outputs
     share = jnp.where(l > 0.0, 1.0 / ((1.0 - self.static.settings.dropout_rate) * l), 0.0)
     out = (acc * along(share, 0, acc.shape)).astype(out_gmem.dtype)
-    lse_smem = self.scratch.lse_smem.at[self.wg]
-    lse_smem[...] = (m + jnp.log2(l)) * tiles.LN_2
+    m_smem, l_smem = (x.at[self.wg] for x in (self.scratch.m_smem, self.scratch.l_smem))
+    m_smem[...], l_smem[...] = m, l
     plgpu.commit_smem()
     rows = pl.ds(self.row * ROWS, ROWS)
-    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[self.b, self.n, rows])
+    for smem, gmem in zip((m_smem, l_smem), rows_gmem, strict=True):
+      plgpu.copy_smem_to_gmem(smem, gmem.at[self.b, self.n, rows])
     room = self.scratch.q_smem if self.scratch.out_smem is None else self.scratch.out_smem
     hopper.store(out, room.at[self.wg], out_gmem.at[self.b, rows, self.n])
 
 
-def _kernel(static: Static, inputs: _Inputs, out_gmem, lse_gmem, *, scratch: _Scratch):
-  one = _Forward(static, inputs, (out_gmem, lse_gmem), scratch)
+def _kernel(static: Static, inputs: _Inputs, *outputs, scratch: _Scratch):
+  one = _Forward(static, inputs, outputs, scratch)
   hopper.specialize(static.plan, one.wg, compute=one.compute, feed=one.feed)
 
 
@@ -236,8 +238,8 @@ def forward(
   by_query: Visits,
   *,
   on_chip: bool = True,
-) -> tuple[Array, Array]:
-  """The output `B T N h` in v's dtype and the log-sum-exp `B N T`, float32; `on_chip=False` for the
+) -> tuple[Array, Array, Array]:
+  """The output `B T N h` in v's dtype, m and l `B N T`, float32; `on_chip=False` for the
   interpreter.
   """
   B, T, N, _ = q.shape
@@ -253,18 +255,17 @@ def forward(
     keys=Ring.of(workers, plan.stages[0], matrix(plan.others, H, k.dtype)),
     values=Ring.of(workers, plan.stages[1], matrix(plan.others, h, v.dtype)),
     turns=plgpu.Barrier(num_barriers=workers),
-    lse_smem=numbers(ROWS)(workers),
+    m_smem=numbers(ROWS)(workers),
+    l_smem=numbers(ROWS)(workers),
     out_smem=None if h == H else matrix(ROWS, hopper.slice_width(h), v.dtype)(workers),
   )
-  out, lse = hopper.launch(
+  row = jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32)
+  out, m, l = hopper.launch(
     "flash_forward",
     functools.partial(_kernel, Static(plan, settings, N // K, count, on_chip)),
     plan,
     grid={"head": N, "block": count, "batch": B},
-    out_type=(
-      jax.ShapeDtypeStruct((B, q.shape[1], N, h), v.dtype),
-      jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32),
-    ),
+    out_type=(jax.ShapeDtypeStruct((B, q.shape[1], N, h), v.dtype), row, row),
     scratch=scratch,
   )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan, load_positions=loads)))
-  return out[:, :T, :, :width], lse[..., :T]
+  return out[:, :T, :, :width], m[..., :T], l[..., :T]

@@ -4,7 +4,7 @@ bits; nothing is visited that the forward pass does not visit.
 Two kernels, each with one feeding and two computing warpgroups as in `flash_hopper`:
 
     flash_d_query    rows are queries, a loop over the key blocks that they visit
-        S = Q K^T, dP = dO V^T    P = 2^(S - lse), dS = P (dP - delta)    dQ += dS K
+        S = Q K^T, dP = dO V^T    P = 2^(S - base), dS = P (dP - delta)    dQ += dS K
     flash_dk_dv      rows are keys of one key head, a loop over its query heads and over the query
                      blocks that visit them, so the sum over a group of heads is in registers
         S^T = K Q^T    P^T    dP^T = V dO^T - delta, dV += P^T dO    dS^T    dK += dS^T Q
@@ -70,7 +70,7 @@ def _bias_plan(dtype, H: int, h: int) -> Plan:
 
 
 class _Inputs(NamedTuple):
-  """What both kernels read. In the queries' gradient `lse` (base 2) and `delta` are `B N tiles
+  """What both kernels read. In the queries' gradient `base` and `delta` are `B N tiles
   ROWS`, in the keys' they are `B N positions` and delta comes negated.
   """
 
@@ -78,16 +78,16 @@ class _Inputs(NamedTuple):
   k: Any
   v: Any
   d_out: Any
-  lse: Any
+  base: Any
   delta: Any
   visits: Visits
   reads: Reads
 
 
-def _probabilities(tile: Tile, masked: bool, lse: Array, product: Array):
+def _probabilities(tile: Tile, masked: bool, base: Array, product: Array):
   """(p, tanh of the logit cap or None). Masked where the exponent is one fused multiply-add."""
   x, factor, tanh = tile.scores(product)
-  exponent = x * factor - lse
+  exponent = x * factor - base
   if masked:
     exponent = jnp.where(tile.allowed(), exponent, -jnp.inf)
   return jnp.exp2(exponent), tanh
@@ -136,12 +136,12 @@ class _DQuery:
     q_smem, d_smem = (x.at[self.wg] for x in (self.scratch.q_smem, self.scratch.d_smem))
     plgpu.copy_gmem_to_smem(inputs.q.at[rows], q_smem, here)
     plgpu.copy_gmem_to_smem(inputs.d_out.at[rows], d_smem, here)
-    lse, delta = (
+    base, delta = (
       plgpu.load(x.at[self.b, self.n, self.row], layout=ROW, optimized=False)
-      for x in (inputs.lse, inputs.delta)
+      for x in (inputs.base, inputs.delta)
     )
     plgpu.barrier_wait(here)
-    step = functools.partial(self.step, lse, delta)
+    step = functools.partial(self.step, base, delta)
     carry = zeros(ROWS, inputs.q.shape[-1]), row_of(0.0)
     carry = lax.fori_loop(0, self.full, functools.partial(step, masked=False), carry)
     dq, d_slope = lax.fori_loop(self.full, self.active, functools.partial(step, masked=True), carry)
@@ -151,7 +151,7 @@ class _DQuery:
     for slope_gmem in slopes_gmem:
       slope_gmem[self.b, self.n, self.row] = d_slope
 
-  def step(self, lse, delta, t, carry, masked):
+  def step(self, base, delta, t, carry, masked):
     """One more key block."""
     wg = hopper.unhoisted(self.wg, t)
     q_smem, d_smem = (x.at[wg] for x in (self.scratch.q_smem, self.scratch.d_smem))
@@ -172,7 +172,7 @@ class _DQuery:
     ds, dx = hopper.two_products(
       q_smem, k_smem, d_smem, v_smem, then=then, on_chip=on_chip,
       apart=masked and inputs.reads.crowd,
-      first=functools.partial(_probabilities, tile, masked, along(lse, 0, shape)),
+      first=functools.partial(_probabilities, tile, masked, along(base, 0, shape)),
     )  # fmt: skip
     (dq,) = hopper.add_products((dq, dx, k_smem), on_chip=on_chip)
     scratch.keys.give(t)
@@ -188,7 +188,7 @@ class _KeyScratch(NamedTuple):
   v_smem: Any
   here: Any
   queries: Ring
-  """With their log-sum-exp."""
+  """With their base."""
   gradients: Ring
   """Of the output, with -delta."""
 
@@ -224,7 +224,7 @@ class _DKey:
       def step(s, _):
         at = pl.ds(inputs.visits.order[(*where, s)] * width, width)
         queries, values = (self.b, at, n), (self.b, n, at)
-        scratch.queries.fill(before + s, inputs.q.at[queries], inputs.lse.at[values])
+        scratch.queries.fill(before + s, inputs.q.at[queries], inputs.base.at[values])
         scratch.gradients.fill(before + s, inputs.d_out.at[queries], inputs.delta.at[values])
 
       lax.fori_loop(0, active, step, None)
@@ -263,14 +263,14 @@ class _DKey:
     t, width = before + s, self.static.plan.others
     wg = hopper.unhoisted(self.wg, t)
     k_smem, v_smem = (x.at[wg] for x in (self.scratch.k_smem, self.scratch.v_smem))
-    (q_smem, lse_smem), (d_smem, delta_smem) = scratch.queries.take(t), scratch.gradients.take(t)
+    (q_smem, base_smem), (d_smem, delta_smem) = scratch.queries.take(t), scratch.gradients.take(t)
     block = inputs.visits.order[(*where, s)]
     tile = Tile(
       self.static.settings, inputs.reads, self.b, n, self.row, block, width, keys_first=True
     )
     row = lambda ref: along(plgpu.load(ref, layout=COLUMN), 1, tile.shape)
     s_product = hopper.product(k_smem, q_smem, on_chip=on_chip)
-    p, tanh = _probabilities(tile, masked, row(lse_smem), s_product)
+    p, tanh = _probabilities(tile, masked, row(base_smem), s_product)
     weights = tile.dropped(p, rescale=True).astype(d_smem.dtype)
     # Without dropout dP - delta is one product that begins with -delta, which needs no registers of
     # its own.
@@ -374,14 +374,14 @@ class _DBias:
       k_smem, v_smem = scratch.keys.take(t)
       row = i * plan.warpgroups + self.wg
       tile = Tile(self.static.settings, inputs.reads, b, n, row, j, plan.others)
-      lse, delta = (
+      base, delta = (
         along(plgpu.load(x.at[b, n, row], layout=ROW, optimized=False), 0, tile.shape)
-        for x in (inputs.lse, inputs.delta)
+        for x in (inputs.base, inputs.delta)
       )
       then = lambda p_and_tanh, dp: p_and_tanh[0] * (tile.dropped(dp, rescale=True) - delta)
       ds = hopper.two_products(
         q_smem, k_smem, d_smem, v_smem, then=then, on_chip=self.static.on_chip,
-        first=functools.partial(_probabilities, tile, True, lse),
+        first=functools.partial(_probabilities, tile, True, base),
       )  # fmt: skip
       scratch.queries.give(t)
       scratch.keys.give(t)
@@ -418,7 +418,7 @@ def backward(
   k: Array,
   v: Array,
   d_out: Array,
-  lse: Array,
+  base: Array,
   delta: Array,
   extras: Extras,
   settings: Settings,
@@ -427,10 +427,10 @@ def backward(
   *,
   on_chip: bool = True,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
-  """(dq, dk, dv, d_bias, d_slopes); a row that saw nothing comes with lse = +inf."""
+  """(dq, dk, dv, d_bias, d_slopes); `d_out`, `base` and `delta` as in `flash.Rows`."""
   shapes = q.shape, k.shape, v.shape
   q, k, v, d_out = map(whole, (q, k, v, d_out.astype(v.dtype)))
-  given = q, k, v, d_out, lse * tiles.LOG2_E, delta
+  given = q, k, v, d_out, base, delta
   dq, d_slopes = _d_query(*given, extras, settings, by_query, on_chip)
   dk, dv = _d_key(*given, extras, settings, by_key, on_chip)
   d_bias = None if extras.bias is None else _d_bias(*given, extras, settings, by_query, on_chip)
@@ -440,7 +440,7 @@ def backward(
   return dq, dk, dv, d_bias, d_slopes
 
 
-def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
+def _d_query(q, k, v, d_out, base, delta, extras, settings, by_query, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
   plan, _ = plans(q.dtype, H, h)
   count, workers = -(-T // plan.rows), plan.warpgroups
@@ -467,7 +467,7 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
       k,
       v,
       d_out,
-      cut(lse, jnp.inf),
+      cut(base, jnp.inf),
       cut(delta, 0.0),
       by_query,
       reads(extras, T, S, plan, load_positions=True),
@@ -476,14 +476,14 @@ def _d_query(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
   return outputs[0], outputs[1].sum((0, 2, 3)) if len(outputs) > 1 else None
 
 
-def _d_key(q, k, v, d_out, lse, delta, extras, settings, by_key, on_chip):
+def _d_key(q, k, v, d_out, base, delta, extras, settings, by_key, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
   _, plan = plans(q.dtype, H, h)
   count, workers, width = -(-S // plan.rows), plan.warpgroups, plan.others
   length = -(-T // width) * width
   ring = functools.partial(Ring.of, workers)
   inputs = _Inputs(
-    q, k, v, d_out, _padded(lse, length, jnp.inf), _padded(-delta, length, 0.0), by_key,
+    q, k, v, d_out, _padded(base, length, jnp.inf), _padded(-delta, length, 0.0), by_key,
     reads(extras, T, S, plan, keys_first=True, load_positions=H + h >= 256),
   )  # fmt: skip
   shapes = {"dk": k, "dv": v}
@@ -522,7 +522,7 @@ def visited(by_query: Visits) -> Array:
   return row(order, active)
 
 
-def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
+def _d_bias(q, k, v, d_out, base, delta, extras, settings, by_query, on_chip):
   (B, T, N, H), (S, K, h) = q.shape, v.shape[1:]
   plan = _bias_plan(q.dtype, H, h)
   workers, width = plan.warpgroups, plan.others
@@ -544,7 +544,7 @@ def _d_bias(q, k, v, d_out, lse, delta, extras, settings, by_query, on_chip):
     ),
   )(
     _Inputs(
-      q, k, v, d_out, cut(lse, jnp.inf), cut(delta, 0.0), by_query, reads(extras, T, S, plan)
+      q, k, v, d_out, cut(base, jnp.inf), cut(delta, 0.0), by_query, reads(extras, T, S, plan)
     ),
     visited(by_query),
   )

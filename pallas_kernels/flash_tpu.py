@@ -10,14 +10,13 @@ pipeline copies the next step's blocks while one computes. A step is a block of 
     acc = acc alpha + p V    matrix unit
 
 m is kept `queries 128`, all lanes alike; l in 128 partial sums, one per lane, so that only the
-maximum crosses lanes. A row of the output is written once, after its last step, with the
-log-sum-exp turned from a column into a row. Query heads that share a key head read it through the
-index of its block.
+maximum crosses lanes. A row of the output is written once, after its last step, with m and l turned
+from columns into rows. Query heads that share a key head read it through the index of its block.
 
 The floor is the matrix unit: 4 x 1024 x 1024 x 128 flops are 4096 cycles of a TPU v5e at its
 published rate; a v6e or TPU7x, whose arrays are 256 wide, could do them in 1024 but needs 2048 with
-heads of 128. The compiler's schedule of a full step is 4012 cycles on a v5e, 2534 on a v6e, 2581 on
-a TPU7x, of a mixed causal one 4284, 3069 and 3019, stalls not counted. Memory: 512 KiB of keys and
+heads of 128. The compiler's schedule of a full step is 4010 cycles on a v5e, 2545 on a v6e, 2581 on
+a TPU7x, of a mixed causal one 4283, 3066 and 3043, stalls not counted. Memory: 512 KiB of keys and
 values a step, a quarter of what a v5e's memory brings in that time.
 
 Backward: `flash_tpu_backward`, and `flash_tpu_bias` where a bias wants its gradient.
@@ -164,8 +163,8 @@ class _Call(NamedTuple):
 
 def forward(
   q: Array, k: Array, v: Array, extras: Extras, settings: Settings, by_query: Visits
-) -> tuple[Array, Array]:
-  """(out `B T N h`, log-sum-exp `B N T`, float32, natural)."""
+) -> tuple[Array, Array, Array]:
+  """(out `B T N h`, m and l `B N T`, float32)."""
   (B, T, N, _), (S, K, h) = q.shape, v.shape[1:]
   block = blocks(q.shape, k.shape, v.shape, q.dtype, settings).forward
   operands = flash_tpu_tiles.inputs(q, k, v, block) | flash_tpu_tiles.modifiers(extras, T, S, block)
@@ -174,31 +173,31 @@ def forward(
   call = _Call(settings, operands, steps, block, part, N)
   specs = [x.spec(block, N // K, call.place) for x in operands.values()]
   length, width = operands["q"].array.shape[2], operands["v"].array.shape[3]
-  outputs = {
-    "out": Operand("query", jax.ShapeDtypeStruct((B, N, length, width), v.dtype)),
-    "lse": Operand("q_row", jax.ShapeDtypeStruct((B, N, 1, length), jnp.float32)),
-  }
-  rows = pltpu.VMEM((block[0], LANES), jnp.float32)
-  out, lse = pl.pallas_call(
+  outputs = (
+    Operand("query", jax.ShapeDtypeStruct((B, N, length, width), v.dtype)),
+    Operand("q_row", jax.ShapeDtypeStruct((B, N, 2, length), jnp.float32)),
+  )
+  column = pltpu.VMEM((block[0], LANES), jnp.float32)
+  out, rows = pl.pallas_call(
     functools.partial(_kernel, call=call),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(B, N, steps.length),
       in_specs=specs,
-      out_specs=[x.spec(block, 1, call.place) for x in outputs.values()],
-      scratch_shapes=[rows, rows, pltpu.VMEM((block[0], width), jnp.float32)],
+      out_specs=[x.spec(block, 1, call.place) for x in outputs],
+      scratch_shapes=[column, column, pltpu.VMEM((block[0], width), jnp.float32)],
     ),
-    out_shape=[x.array for x in outputs.values()],
+    out_shape=[x.array for x in outputs],
     compiler_params=flash_tpu_tiles.compiler_params("parallel", "parallel", "arbitrary"),
     name="flash_forward",
   )(steps.words, *(x.array for x in operands.values()))
-  return out[:, :, :T, :h].swapaxes(1, 2), lse[:, :, 0, :T]
+  return out[:, :, :T, :h].swapaxes(1, 2), rows[:, :, 0, :T], rows[:, :, 1, :T]
 
 
 def _kernel(words_ref, *refs, call: _Call):
   """One step: a block of scores, and what comes before the first and after the last of a row."""
   inputs, rest = flash_tpu_tiles.named(call.operands, refs)
-  out_ref, lse_ref, m_ref, l_ref, acc_ref = rest
+  out_ref, rows_ref, m_ref, l_ref, acc_ref = rest
   b, n, s = (pl.program_id(axis) for axis in range(3))
   word, place = call.steps.word(words_ref, b, n, s), call.place(b, n, s, words_ref)
 
@@ -228,9 +227,8 @@ def _kernel(words_ref, *refs, call: _Call):
     # The greatest score adds 1 to l, so only a row that has seen nothing, whose sum is 0, has less.
     share = 1.0 / (jnp.maximum(l, 0.5) * (1.0 - call.settings.dropout_rate))
     out_ref[...] = (acc_ref[...] * share).astype(out_ref.dtype)
-    l = flash_tpu_tiles.row(jnp.broadcast_to(l, l_ref.shape))
-    lse = flash_tpu_tiles.row(m_ref[...]) * tiles.LN_2 + jnp.log(jnp.maximum(l, 0.5))
-    lse_ref[...] = jnp.where(l == 0.0, -jnp.inf, lse)
+    m_and_l = m_ref[...], jnp.broadcast_to(l, l_ref.shape)
+    rows_ref[...] = jnp.concatenate([flash_tpu_tiles.row(x) for x in m_and_l])
 
 
 def _products(inputs, tile: Tile) -> Array:
@@ -266,16 +264,16 @@ def backward(
   k: Array,
   v: Array,
   d_out: Array,
-  lse: Array,
+  base: Array,
   delta: Array,
   extras: Extras,
   settings: Settings,
   by_query: Visits,
   by_key: Visits,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
-  """(dq, dk, dv, d_bias, d_slopes)."""
+  """(dq, dk, dv, d_bias, d_slopes); `d_out`, `base` and `delta` as in `flash.Rows`."""
   _, d_query, d_key = blocks(q.shape, k.shape, v.shape, q.dtype, settings)
-  arguments = (q, k, v, d_out, lse, delta, extras, settings)
+  arguments = (q, k, v, d_out, base, delta, extras, settings)
   dq, dk, dv, d_slopes = flash_tpu_backward.gradients(*arguments, by_key, d_key)
   d_bias = None
   if extras.bias is not None:

@@ -2,9 +2,9 @@
 
 A grid of (batch row, key head, step, query head of the key head): a step is a block of scores, 1024
 queries by 1024 keys, in parts of 512 queries or 256. Parts are held keys first, `k q`, so that
-log-sum-exp and delta are rows and four of the five products read their operands as they lie:
+base and delta are rows and four of the five products read their operands as they lie:
 
-    S^T = K Q^T     P^T = 2^(S^T - lse)     dP^T = V dO^T     dS^T = P^T (dP^T - delta)
+    S^T = K Q^T     P^T = 2^(S^T - base)    dP^T = V dO^T     dS^T = P^T (dP^T - delta)
     dV += P^T dO    dK += dS^T Q            dQ += (dS^T)^T K
 
 dK and dV stay in vector memory over all queries and all query heads of a key head, in a fixed
@@ -107,7 +107,7 @@ def gradients(
   k: Array,
   v: Array,
   d_out: Array,
-  lse: Array,
+  base: Array,
   delta: Array,
   extras: Extras,
   settings: Settings,
@@ -119,7 +119,7 @@ def gradients(
   group = N // K
   operands = (
     flash_tpu_tiles.inputs(q, k, v, block)
-    | flash_tpu_tiles.gradients(d_out, lse, delta, v, block)
+    | flash_tpu_tiles.gradients(d_out, base, delta, v, block)
     | flash_tpu_tiles.modifiers(extras, T, S, block)
   )
   shared = by_key.order.shape[1] == 1
@@ -281,7 +281,7 @@ def _accumulate(inputs, scratch: _Scratch, d_slope, masked: bool, tile: Tile, pr
   score2, tanh = tile.scores(product)
   if masked:
     score2 = tile.masked(score2)
-  p = jnp.exp2(score2 - inputs["lse"].array[:, rows])
+  p = jnp.exp2(score2 - inputs["base"].array[:, rows])
   kept = tile.kept()
   scratch.dv[keys] += dot(flash_tpu_tiles.dropped(p, kept).astype(k.dtype), d_out, (1, 0))
   if kept is not None:

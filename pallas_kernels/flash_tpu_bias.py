@@ -69,7 +69,7 @@ def gradient(
   k: Array,
   v: Array,
   d_out: Array,
-  lse: Array,
+  base: Array,
   delta: Array,
   extras: Extras,
   settings: Settings,
@@ -82,7 +82,7 @@ def gradient(
   shape = extras.bias.shape
   operands = (
     flash_tpu_tiles.inputs(q, k, v, block)
-    | flash_tpu_tiles.gradients(d_out, lse, delta, v, block)
+    | flash_tpu_tiles.gradients(d_out, base, delta, v, block)
     | flash_tpu_tiles.modifiers(extras, T, S, block)
   )
   bias = operands["bias"]
@@ -170,7 +170,7 @@ def _add(inputs, total_ref, kind: str, masked: bool, tile: Tile, products) -> No
   """Adds a part's dS to the total, summed over what the bias has one of."""
   product, dp = products
   score2, _ = tile.scores(product)
-  p = jnp.exp2((tile.masked(score2) if masked else score2) - tile.of("lse"))
+  p = jnp.exp2((tile.masked(score2) if masked else score2) - tile.of("base"))
   kept = tile.kept()
   if kept is not None:
     dp = flash_tpu_tiles.dropped(dp * (1.0 / (1.0 - tile.settings.dropout_rate)), kept)

@@ -130,8 +130,8 @@ class Place(NamedTuple):
 class Operand(NamedTuple):
   """An array that a kernel reads in blocks, and of which axes they are.
 
-  `query`: `B N T W`; `key`: `B K S W`; `q_row`, `k_row`: `#B #N 1 T` and `S`; `tile`: `#B #N T S`;
-  `scalar`: any, whole, in scalar memory. Inside a kernel the array is the ref of a block.
+  `query`: `B N T W`; `key`: `B K S W`; `q_row`: `#B #N R T`; `k_row`: `#B #N 1 S`; `tile`: `#B #N T
+  S`; `scalar`: any, whole, in scalar memory. Inside a kernel the array is the ref of a block.
   """
 
   kind: str
@@ -142,11 +142,11 @@ class Operand(NamedTuple):
     if self.kind == "scalar":
       return pl.BlockSpec(memory_space=pltpu.SMEM)
     block_q, block_k = block
-    B, N, *_, width = self.array.shape
+    B, N, rows, width = self.array.shape
     shape, head, last = {
       "query": ((block_q, width), lambda p: p.n, lambda p: (p.i, 0)),
       "key": ((block_k, width), lambda p: lax.div(p.n, jnp.int32(group)), lambda p: (p.j, 0)),
-      "q_row": ((1, block_q), lambda p: p.n if N > 1 else 0, lambda p: (0, p.i)),
+      "q_row": ((rows, block_q), lambda p: p.n if N > 1 else 0, lambda p: (0, p.i)),
       "k_row": ((1, block_k), lambda p: p.n if N > 1 else 0, lambda p: (0, p.j)),
       "tile": ((block_q, block_k), lambda p: p.n if N > 1 else 0, lambda p: (p.i, p.j)),
     }[self.kind]
@@ -313,18 +313,18 @@ def inputs(q: Array, k: Array, v: Array, block: tuple[int, int]) -> dict[str, Op
 
 
 def gradients(
-  d_out: Array, lse: Array, delta: Array, v: Array, block: tuple[int, int]
+  d_out: Array, base: Array, delta: Array, v: Array, block: tuple[int, int]
 ) -> dict[str, Operand]:
-  """What the backward passes read besides: dO, the log-sum-exp in base 2 and delta.
+  """What the backward passes read besides, of `flash.Rows`.
 
-  Queries of the padding have log-sum-exp +inf like those that see nothing: probabilities of 0.
+  Queries of the padding have the base +inf like those that see nothing: probabilities of 0.
   """
   d_out = padded(d_out.astype(v.dtype).swapaxes(1, 2), 2, block[0])
-  missing = d_out.shape[2] - lse.shape[2]
-  lse = jnp.pad(lse * tiles.LOG2_E, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.inf)
+  missing = d_out.shape[2] - base.shape[2]
+  base = jnp.pad(base, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.inf)
   return {
     "d_out": Operand("query", padded(d_out, 3, LANES // 2)),
-    "lse": Operand("q_row", lse[:, :, None]),
+    "base": Operand("q_row", base[:, :, None]),
     "delta": Operand("q_row", padded(delta[:, :, None], 3, block[0])),
   }
 

@@ -3,7 +3,7 @@
 Scores live in base 2, because chips have exp2 and no exp: with x = q . k,
 
     score = cap tanh(scale x / cap) + bias - slope |q_idx - k_idx|        score2 = score log2(e)
-    p = 2^(score2 - lse2)        dP = keep (dO . v) / (1 - rate)          dS = p (dP - delta)
+    p = 2^(score2 - base)        dP = keep (dO . v) / (1 - rate)          dS = p (dP - delta)
     dX = scale (1 - tanh^2) dS   dBias = dS                  dSlope = -|q_idx - k_idx| dS
 
 Every operand of a function is a tile of one shape `q k` (a kernel broadcasts rows and columns into

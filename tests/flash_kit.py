@@ -189,19 +189,17 @@ def run(kernel: Any, problem: Problem, inputs=None, *, traced: bool = False):
   def both(x, *given):
     forward, *backward = given or known
     q, k, v, d_out, d_lse = (x[name] for name in ("q", "k", "v", "d_out", "d_lse"))
-    out, lse = kernel.forward(q, k, v, extras, settings, forward)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
-    safe = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    gradients = kernel.backward(q, k, v, d_out, safe, delta, extras, settings, *backward)
-    return out, lse, safe, delta, gradients
+    out, m, l = kernel.forward(q, k, v, extras, settings, forward)
+    rows = flash.gradients_of_rows((out, m, l), d_out, d_lse, extras)
+    gradients = kernel.backward(q, k, v, *rows, extras, settings, *backward)
+    return out, flash.log_sum_exp(m, l), rows, gradients
 
-  out, lse, safe, delta, gradients = jax.jit(both)(x, *(known if traced else ()))
+  out, lse, rows, gradients = jax.jit(both)(x, *(known if traced else ()))
   assert out.dtype == v.dtype and lse.dtype == jnp.float32
   names = ("d_q", "d_k", "d_v", "d_bias", "d_alibi_slopes")
   found = {"out": out, "lse": lse} | dict(zip(names, gradients, strict=True))
   if problem.sinks is not None:
-    share = jnp.exp(problem.sinks[None, :, None] - safe)
-    found["d_sinks"] = -(share * delta).sum((0, 2))
+    found["d_sinks"] = flash.d_sinks(problem.sinks, rows)
   return {name: x for name, x in found.items() if x is not None}
 
 

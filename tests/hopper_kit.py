@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import kit
 from attention import lowering, masks
 from attention.masks import Span
-from pallas_kernels import flash_hopper, tiles
+from pallas_kernels import flash, flash_hopper, tiles
 from pallas_kernels.flash import Extras, Settings, Visits
 
 
@@ -101,12 +101,12 @@ def oracle(call: Call, q, k, v, extras: Extras, dtype=jnp.float64):
 def _interpreted(settings, q, k, v, extras, d_out, d_lse, visits):
   forward, d_query, d_key = visits
   kernel = functools.partial(flash_hopper.forward, on_chip=False)
-  out, lse = kernel(q, k, v, extras, settings, forward)
-  delta = jnp.einsum("btnh,btnh->bnt", *(x.astype(jnp.float32) for x in (d_out, out))) - d_lse
-  lse_or_none = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-  given = q, k, v, d_out, lse_or_none, delta, extras, settings, d_query, d_key
+  out, m, l = kernel(q, k, v, extras, settings, forward)
+  rows = flash.gradients_of_rows((out, m, l), d_out, d_lse, extras)
+  given = q, k, v, *rows, extras, settings, d_query, d_key
   gradients = flash_hopper.backward(*given, on_chip=False)
   names = ("dq", "dk", "dv", "d_bias", "d_slopes")
+  lse = flash.log_sum_exp(m, l)
   return {"out": out, "lse": lse} | dict(zip(names, gradients, strict=True))
 
 

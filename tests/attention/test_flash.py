@@ -104,6 +104,39 @@ def test_keys_that_fill_no_block_are_not_seen(chip, mask):
   kit.assert_trees_close(actual, expected, case.dtype, factor=2)
 
 
+@pytest.mark.parametrize("bias", [-1e9, -1.3e9, 3e4, -200.0])
+def test_probabilities_of_great_scores_that_tie(chip, bias):
+  """Beside such a score log S is lost; probabilities are 1 / S all the same, and every gradient is
+  right. Half of the rows have it for every other key and less for the rest, half are as usual.
+  """
+  case = _case(chip, B=1, T=70, S=300, N=2, K=1, H=32, h=32)
+  q, k, v = case.inputs()
+  great, even = jnp.arange(70) % 2 == 1, jnp.arange(300) % 2 == 0
+  rows = jnp.where(even, bias, 2.0 * bias if bias < 0.0 else 0.0)
+  given = {
+    "q": jnp.where(great[:, None, None], 0.0, q).astype(q.dtype), "k": k, "v": v,
+    "bias": jnp.where(great[:, None], rows, kit.normal(jax.random.key(7), 70, 300))[None, None],
+    "sinks": jnp.array([-jnp.inf, 0.3]) if bias > 0.0 else jnp.array([-jnp.inf] * 2),
+  }  # fmt: skip
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(implementation, given):
+    def loss(given):
+      out, lse = attend(
+        *(given[name] for name in "qkv"), given["bias"], sinks=given["sinks"],
+        implementation=implementation, return_residual=True,
+      )  # fmt: skip
+      return jnp.sin(out.astype(lse.dtype)).sum() + lse.sum(), out
+
+    gradients, out = jax.grad(loss, has_aux=True)(given)
+    return {"out": out} | gradients
+
+  actual = run(chip, given)
+  with kit.double():
+    expected = jax.tree.map(np.asarray, run("reference", kit.to_double(given)))
+  kit.assert_trees_close(actual, expected, case.dtype, factor=2)
+
+
 def test_an_empty_row_and_a_second_derivative(chip):
   case = _case(chip, B=1, T=40, S=40, N=2, K=2, H=32, h=32)
   q, k, v = case.inputs()

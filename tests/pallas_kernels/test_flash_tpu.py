@@ -127,7 +127,7 @@ def test_a_bias_of_minus_infinity_masks_where_the_mask_is_full():
   extras = flash.Extras(bias=jnp.zeros((1, 1, 1, 140)).at[..., :130].set(-jnp.inf))
   visits = flash_kit.visits(masks.prefix(140), 16, 140, (128, 128))
   settings = flash.Settings(0.125, None, 0.0, lambda q_idx, k_idx, *_: k_idx < 140)
-  out, _ = flash_tpu.forward(q, k, v, extras, settings, visits)
+  out, *_ = flash_tpu.forward(q, k, v, extras, settings, visits)
   kit.assert_close("out", out, jax.nn.dot_product_attention(q, k[:, 130:], v[:, 130:]))
 
 
