@@ -49,7 +49,6 @@ from pallas_kernels.hopper import (
   Turns,
   along,
   matrix,
-  numbers,
   padded,
   pick,
   row_of,
@@ -106,8 +105,6 @@ class _Scratch(NamedTuple):
   keys: Ring
   values: Ring
   turns: Any
-  m_smem: Any
-  l_smem: Any
   out_smem: Any
   """None where the output has the shape of the queries and takes their place."""
 
@@ -211,15 +208,11 @@ class _Forward:
 
   def finish(self, m, l, acc) -> None:
     """The output, m and l go out. A row that saw nothing has l = 0 and m = -inf."""
-    out_gmem, *rows_gmem = self.outputs
+    out_gmem, m_gmem, l_gmem = self.outputs
     share = jnp.where(l > 0.0, 1.0 / ((1.0 - self.static.settings.dropout_rate) * l), 0.0)
     out = (acc * along(share, 0, acc.shape)).astype(out_gmem.dtype)
-    m_smem, l_smem = (x.at[self.wg] for x in (self.scratch.m_smem, self.scratch.l_smem))
-    m_smem[...], l_smem[...] = m, l
-    plgpu.commit_smem()
+    m_gmem[self.b, self.n, self.row], l_gmem[self.b, self.n, self.row] = m, l
     rows = pl.ds(self.row * ROWS, ROWS)
-    for smem, gmem in zip((m_smem, l_smem), rows_gmem, strict=True):
-      plgpu.copy_smem_to_gmem(smem, gmem.at[self.b, self.n, rows])
     room = self.scratch.q_smem if self.scratch.out_smem is None else self.scratch.out_smem
     hopper.store(out, room.at[self.wg], out_gmem.at[self.b, rows, self.n])
 
@@ -255,11 +248,9 @@ def forward(
     keys=Ring.of(workers, plan.stages[0], matrix(plan.others, H, k.dtype)),
     values=Ring.of(workers, plan.stages[1], matrix(plan.others, h, v.dtype)),
     turns=plgpu.Barrier(num_barriers=workers),
-    m_smem=numbers(ROWS)(workers),
-    l_smem=numbers(ROWS)(workers),
     out_smem=None if h == H else matrix(ROWS, hopper.slice_width(h), v.dtype)(workers),
   )
-  row = jax.ShapeDtypeStruct((B, N, count * plan.rows), jnp.float32)
+  row = jax.ShapeDtypeStruct((B, N, count * workers, ROWS), jnp.float32)
   out, m, l = hopper.launch(
     "flash_forward",
     functools.partial(_kernel, Static(plan, settings, N // K, count, on_chip)),
@@ -268,4 +259,5 @@ def forward(
     out_type=(jax.ShapeDtypeStruct((B, q.shape[1], N, h), v.dtype), row, row),
     scratch=scratch,
   )(_Inputs(q, k, v, by_query, reads(extras, T, S, plan, load_positions=loads)))
-  return out[:, :T, :, :width], m[..., :T], l[..., :T]
+  m, l = (x.reshape(B, N, -1)[..., :T] for x in (m, l))
+  return out[:, :T, :, :width], m, l

@@ -58,6 +58,8 @@ class Check:
   logit_cap: float | None = None
   bias: tuple[int, ...] | None = None
   """The shape of a bias that has a gradient."""
+  padded: bool = False
+  """Whether all of every third query's bias is -1e9."""
   alibi: bool = False
   sinks: bool = False
   dropout: float = 0.0
@@ -119,6 +121,7 @@ CHECKS: Final[tuple[Check, ...]] = (
   Check(name="bias", T=300, S=410, bias=(2, 4, 300, 410)),
   Check(name="bias of all rows and heads", T=300, S=300, bias=(1, 1, 300, 300), mask=masks.causal),
   Check(name="bias of keys", T=300, S=410, bias=(2, 1, 1, 410)),
+  Check(name="bias that pads queries", H=128, h=128, bias=(1, 4, 512, 512), padded=True),
   Check(name="dropout", dropout=0.25, mask=masks.causal),
   Check(
     name="everything at once",
@@ -155,7 +158,8 @@ def operands(check: Check) -> dict[str, jax.Array]:
   arrays = {"q": make(B, T, N, H), "k": make(B, S, K, H), "v": make(B, S, K, h)}
   arrays = {name: x.astype(check.dtype) for name, x in arrays.items()}
   if check.bias is not None:
-    arrays["bias"] = make(*check.bias)
+    bias = make(*check.bias)
+    arrays["bias"] = bias.at[:, :, ::3].set(-1e9) if check.padded else bias
   if check.alibi:
     arrays["alibi_slopes"] = jnp.exp2(-4.0 - jnp.arange(N, dtype=jnp.float32))
   if check.sinks:

@@ -337,7 +337,7 @@ def test_the_checks_cover_what_the_kernel_promises():
   assert {check.dtype for check in each} == {"bfloat16", "float16"}
   assert any(check.N > check.K for check in each) and any(check.h != check.H for check in each)
   assert any(check.T % 2 and check.S % 2 for check in each)
-  for field in ("logit_cap", "bias", "alibi", "sinks", "dropout", "long"):
+  for field in ("logit_cap", "bias", "padded", "alibi", "sinks", "dropout", "long"):
     assert any(getattr(check, field) for check in each), field
 
 
