@@ -429,7 +429,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
   """(dq, dk, dv, d_bias, d_slopes); `d_out`, `base` and `delta` as in `flash.Rows`."""
   shapes = q.shape, k.shape, v.shape
-  q, k, v, d_out = map(whole, (q, k, v, d_out.astype(v.dtype)))
+  q, k, v, d_out = map(whole, (q, k, v, d_out))
   given = q, k, v, d_out, base, delta
   dq, d_slopes = _d_query(*given, extras, settings, by_query, on_chip)
   dk, dv = _d_key(*given, extras, settings, by_key, on_chip)

@@ -119,7 +119,7 @@ def gradients(
   group = N // K
   operands = (
     flash_tpu_tiles.inputs(q, k, v, block)
-    | flash_tpu_tiles.gradients(d_out, base, delta, v, block)
+    | flash_tpu_tiles.gradients(d_out, base, delta, block)
     | flash_tpu_tiles.modifiers(extras, T, S, block)
   )
   shared = by_key.order.shape[1] == 1

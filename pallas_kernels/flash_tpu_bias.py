@@ -82,7 +82,7 @@ def gradient(
   shape = extras.bias.shape
   operands = (
     flash_tpu_tiles.inputs(q, k, v, block)
-    | flash_tpu_tiles.gradients(d_out, base, delta, v, block)
+    | flash_tpu_tiles.gradients(d_out, base, delta, block)
     | flash_tpu_tiles.modifiers(extras, T, S, block)
   )
   bias = operands["bias"]

@@ -313,13 +313,13 @@ def inputs(q: Array, k: Array, v: Array, block: tuple[int, int]) -> dict[str, Op
 
 
 def gradients(
-  d_out: Array, base: Array, delta: Array, v: Array, block: tuple[int, int]
+  d_out: Array, base: Array, delta: Array, block: tuple[int, int]
 ) -> dict[str, Operand]:
   """What the backward passes read besides, of `flash.Rows`.
 
   Queries of the padding have the base +inf like those that see nothing: probabilities of 0.
   """
-  d_out = padded(d_out.astype(v.dtype).swapaxes(1, 2), 2, block[0])
+  d_out = padded(d_out.swapaxes(1, 2), 2, block[0])
   missing = d_out.shape[2] - base.shape[2]
   base = jnp.pad(base, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.inf)
   return {
