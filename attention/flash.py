@@ -1,8 +1,8 @@
 """Softmax attention by a hand-written kernel: what all chips share.
 
 The mask is lowered to visits and a rule (`attention.lowering`), the kernel runs forward, and its
-derivative is put together here: what it is given of each row makes the log-sum-exp differentiable,
-the sinks' gradient follows from that, and the kernel's backward pass does the rest. Which kernel is
+derivative is put together here: what its backward pass is given of each row makes the log-sum-exp
+differentiable, the sinks' gradient follows from that, and the kernel does the rest. Which kernel is
 data: a module of `pallas_kernels` with the functions that `pallas_kernels.flash` describes. Kernels
 are imported when one is first asked about: Pallas is large, and most programs need one chip's part.
 """

@@ -120,7 +120,8 @@ def gradients_of_rows(
 
   Beside a great m its sum with log2(l) loses the latter, all of it where a bias of -1e9 pads a row.
   Such a row's base is m alone, and d_out and d_lse are divided by l, which leaves all gradients as
-  they are. Without a bias or slopes nobody has such scores, and nothing is divided.
+  they are. Without a bias or slopes nothing is divided: a great score is a product of vectors then,
+  whose own rounding is as large as what is lost.
   """
   out, m, l = results
   base = jnp.where(m == -jnp.inf, jnp.inf, m + jnp.log2(l))

@@ -107,7 +107,8 @@ def test_keys_that_fill_no_block_are_not_seen(chip, mask):
 @pytest.mark.parametrize("bias", [-1e9, -1.3e9, 3e4, -200.0])
 def test_probabilities_of_great_scores_that_tie(chip, bias):
   """Beside such a score log S is lost; probabilities are 1 / S all the same, and every gradient is
-  right. Half of the rows have it for every other key and less for the rest, half are as usual.
+  right. Half of the rows have it for every other key and less for the rest, half are as usual. A
+  sink would take all of a row whose scores are that small.
   """
   case = _case(chip, B=1, T=70, S=300, N=2, K=1, H=32, h=32)
   q, k, v = case.inputs()
@@ -116,7 +117,7 @@ def test_probabilities_of_great_scores_that_tie(chip, bias):
   given = {
     "q": jnp.where(great[:, None, None], 0.0, q).astype(q.dtype), "k": k, "v": v,
     "bias": jnp.where(great[:, None], rows, kit.normal(jax.random.key(7), 70, 300))[None, None],
-    "sinks": jnp.array([-jnp.inf, 0.3]) if bias > 0.0 else jnp.array([-jnp.inf] * 2),
+    "sinks": jnp.array([-jnp.inf, 0.3 if bias > 0.0 else -jnp.inf]),
   }  # fmt: skip
 
   @functools.partial(jax.jit, static_argnums=0)

@@ -53,7 +53,6 @@ def test_gradients_of_great_scores(dtype):
   p, given = jnp.exp2(score2 - rows.base[..., None]), rows.d_out.astype(jnp.float32)
   d_p = jnp.einsum("btnh,bsnh->bnts", given, wide)
   actual = {
-    "lse": flash.log_sum_exp(m, l),
     "d_v": jnp.einsum("bnts,btnh->bsnh", p, given),
     "d_score": p * (d_p - rows.delta[..., None]),
     "d_sinks": flash.d_sinks(sinks, rows),
@@ -62,7 +61,8 @@ def test_gradients_of_great_scores(dtype):
     given = kit.to_double((score, v, sinks, d_out, d_lse))
     (_, lse), pull = jax.vjp(_attend, *given[:3])
     d_score, d_v, d_sinks = pull((given[3], jnp.where(lse == -jnp.inf, 0.0, given[4])))
-  expected = {"lse": lse, "d_v": d_v, "d_score": d_score, "d_sinks": d_sinks}
+  np.testing.assert_allclose(flash.log_sum_exp(m, l), lse, rtol=3e-7)
+  expected = {"d_v": d_v, "d_score": d_score, "d_sinks": d_sinks}
   for name, x in actual.items():
     kit.assert_close(name, x, expected[name], dtype)
 
