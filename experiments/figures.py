@@ -128,7 +128,10 @@ def curves(
   figure, axes = _canvas(6.4, 3.9, theme, left=0.46, right=1.36, label=label)
   if train.steps.size:
     axes.plot(*train, color=theme.train, linewidth=0.8, alpha=0.55, zorder=2)
-    axes.plot(train.steps, smooth(train.values), color=theme.train, linewidth=1.8, zorder=3)
+    mean, marker = smooth(train.values), "o" if train.steps.size == 1 else ""
+    axes.plot(
+      train.steps, mean, color=theme.train, linewidth=1.8, zorder=3, marker=marker, markersize=3.6
+    )
   if valid.steps.size:
     marker = "o" if valid.steps.size <= 40 else ""
     axes.plot(*valid, color=theme.valid, linewidth=2.2, zorder=4, marker=marker, markersize=3.6)
@@ -193,7 +196,7 @@ def _canvas(
   axes.set_axisbelow(True)
   axes.tick_params(axis="both", colors=theme.muted, labelsize=9, length=0, pad=4)
   axes.tick_params(axis="x", length=3)
-  axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+  axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
   axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
   axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))

@@ -125,3 +125,10 @@ def test_smoothing_keeps_a_constant_and_the_mean_of_a_line():
   np.testing.assert_allclose(figures.smooth(np.full(500, 3.0)), 3.0)
   line = np.linspace(0, 1, 401)
   np.testing.assert_allclose(figures.smooth(line)[10:-10], line[10:-10], atol=1e-12)
+
+
+def test_a_run_of_one_measurement_names_its_step_and_no_fraction():
+  one = Series([10], [4.6])
+  axes = figures.curves(one, one, label="x").axes[0]
+  low, high = axes.get_xlim()
+  assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [10]
